@@ -1,0 +1,369 @@
+"""From a folder of images to training batches: finding, decoding, order, augmentation.
+
+    python dataset.py data/pokemon_jpg --image_size 64      # count the images, draw outputs/augmentation.png
+
+Three habits hold this file together:
+
+- A folder comes as people have it. Any format, mode, size and shape is decoded to the same small square, transparent
+  parts become white, and a file that cannot be read is named and left out instead of ending the training.
+- The order of the images depends on (seed, epoch) alone and the batch of any step can be computed directly, so a
+  resumed run sees the batches of an uninterrupted one, with any number of workers.
+- Augmentation is told to the network (`augment`), and leaves no mark: no black corner, no grey background.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+# Pillow looks at a file's content, not at its name. Only these decoders may run: some others start outside programs.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+
+
+class DataError(Exception):
+    """A problem with the user's data. Its message is one line: what is wrong, where, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Every image file in `folder` at any depth, hidden files and folders left out, sorted by relative posix path.
+
+    The order is the same on every machine, whatever the file system returns. Raises DataError when the folder does
+    not exist, is a file, cannot be listed, or has no image.
+    """
+    root = Path(folder).expanduser()
+    if not root.exists():
+        raise DataError(f"no folder {root}: give a folder of images with --data")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file: give the folder that holds the images")
+
+    def fail(e: OSError) -> None:
+        raise DataError(f"cannot list {e.filename} ({e.strerror}): change its permissions or give another folder")
+
+    found, seen = [], set()
+    for where, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(where) in seen:  # a link that leads back up would otherwise be followed for ever
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(where))
+        found += [Path(where, name) for name in names
+                  if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+    if not found:
+        raise DataError(f"no image in {root}: put {' '.join(s[1:] for s in SUFFIXES)} files there, at any depth")
+    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
+
+
+def decode_image(path: str | Path, image_size: int) -> np.ndarray:
+    """Read one image file as uint8 RGB `[3, image_size, image_size]`.
+
+    The shorter side is scaled to `image_size` with antialiasing and the middle is cut out. Transparent parts are laid
+    over white, the camera's EXIF rotation is applied, 16-bit grey is scaled to 8 bits, and of an animation the first
+    frame is taken. Raises whatever Pillow raises for a file that it cannot read, and DecompressionBombError for one
+    of more than Image.MAX_IMAGE_PIXELS pixels.
+    """
+    with Image.open(path, formats=FORMATS) as image:
+        # Pillow only warns up to twice its limit, and a warning filter is not safe in threads: so ask again here.
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
+        # JPEG can decode at 1/2, 1/4 or 1/8 of its size for less work; twice image_size stays for the antialiasing.
+        image.draft(None, (2 * image_size, 2 * image_size))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16-bit grey; convert("RGB") would clip it at 255, that is to white
+            grey = np.asarray(image).astype(np.int64).clip(0, 65535)
+            image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.LANCZOS)
+        return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _reason(e: Exception) -> str:
+    """Why an image could not be read, in a few words on one line."""
+    if isinstance(e, UnidentifiedImageError):
+        return "not an image, or an empty file"  # Pillow's own message repeats the path
+    return (str(e) or type(e).__name__).splitlines()[0]
+
+
+def _default_memory_limit() -> int:
+    """A quarter of the machine's memory in bytes; 2 GiB where the system does not say (Windows)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    except (AttributeError, ValueError, OSError):
+        return 2 * 1024**3
+
+
+class ImageFolder(Dataset):
+    """The images of a folder as uint8 tensors `[3, S, S]`.
+
+    Each image is decoded once and kept in `.images`, uint8 `[N, 3, S, S]`, when that takes at most `memory_limit`
+    bytes (default: a quarter of the machine's memory). Otherwise `.images` is None and files are read as needed.
+    `.files` holds the path of every image, in the order of their indices, and `.left_out` the number of files that
+    could not be read. Raises DataError as `find_images` does, and when no file can be read.
+    """
+
+    def __init__(self, folder: str | Path, image_size: int, memory_limit: int | None = None):
+        if image_size < 8:
+            raise DataError(f"an image size of {image_size} pixels is too small: give 8 or more")
+        self.files, self.image_size, self.left_out = find_images(folder), image_size, 0
+        self.images: torch.Tensor | None = None
+        self._warned: set[int] = set()
+        limit = _default_memory_limit() if memory_limit is None else memory_limit
+        if len(self.files) * 3 * image_size**2 <= limit:
+            self._decode_all(folder)
+        else:
+            self[0]  # fail now, in one line, when no file can be read
+
+    @classmethod
+    def from_array(cls, images: np.ndarray | torch.Tensor) -> "ImageFolder":
+        """A data set of square images in memory, uint8 `[N, S, S, 3]` or `[N, 3, S, S]`; `.files` only numbers them."""
+        images = torch.as_tensor(images)
+        if images.ndim == 4 and images.shape[-1] == 3 and images.shape[1] != 3:
+            images = images.permute(0, 3, 1, 2)
+        n, size = len(images), images.shape[-1]
+        if images.shape != (n, 3, size, size) or images.dtype != torch.uint8 or n == 0:
+            raise ValueError(f"want uint8 [N, S, S, 3] or [N, 3, S, S], got {images.dtype} {list(images.shape)}")
+        self = cls.__new__(cls)
+        self.images, self.image_size, self.left_out = images.contiguous(), size, 0
+        self.files = [Path(f"{i:05d}") for i in range(n)]
+        return self
+
+    def _decode_all(self, folder: str | Path) -> None:
+        images = torch.empty(len(self.files), 3, self.image_size, self.image_size, dtype=torch.uint8)
+
+        def decode(i: int) -> str | None:
+            try:
+                images[i] = torch.from_numpy(decode_image(self.files[i], self.image_size))
+            except Exception as e:  # a damaged file can make a decoder raise nearly anything
+                return _reason(e)
+
+        # Threads are enough: Pillow lets go of Python's lock while it decodes and scales.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            problems = list(tqdm(pool.map(decode, range(len(self.files))), total=len(self.files),
+                                 desc="decoding", unit="image", delay=2, leave=False))
+        bad = [(path, problem) for path, problem in zip(self.files, problems) if problem]
+        for path, problem in bad[:10]:
+            print(f"warning: left out {path}: {problem}", file=sys.stderr)
+        if len(bad) > 10:
+            print(f"warning: left out {len(bad) - 10} more files that cannot be read", file=sys.stderr)
+        good = [i for i, problem in enumerate(problems) if not problem]
+        if not good:
+            raise DataError(f"none of the {len(bad)} image files in {folder} can be read: give a folder of images")
+        for new, old in enumerate(good if bad else []):  # close the gaps in place: a copy would take the memory twice
+            images[new] = images[old]
+        self.images, self.files, self.left_out = images[:len(good)], [self.files[i] for i in good], len(bad)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        """Image `i`, uint8 `[3, S, S]`. A file that cannot be read is named, and the next that can takes its place."""
+        if self.images is not None:
+            return self.images[i]
+        first = range(len(self))[i]
+        for j in itertools.chain(range(first, len(self)), range(first)):
+            try:
+                return torch.from_numpy(decode_image(self.files[j], self.image_size))
+            except Exception as e:  # as in _decode_all
+                if j not in self._warned:
+                    print(f"warning: cannot read {self.files[j]}: {_reason(e)}; using the next image", file=sys.stderr)
+                    self._warned.add(j)
+        raise DataError(f"none of the {len(self)} image files, from {self.files[0]} on, can be read")
+
+    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Images `indices` as one uint8 batch `[B, 3, S, S]`; DataLoader calls this instead of B single look-ups."""
+        if self.images is not None:
+            return self.images[torch.as_tensor(indices)]
+        return torch.stack([self[i] for i in indices])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# order
+
+
+def seed_from(*integers: int) -> int:
+    """Hash integers (a run's seed, a step, an epoch, ...) into one 63-bit seed; any difference gives another stream."""
+    # SeedSequence takes 32-bit words and ignores zeros at the end: so two words each, and their number in front.
+    words = [len(integers)] + [int(i) >> shift & 0xFFFFFFFF for i in integers for shift in (0, 32)]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class ShuffledBatches(Sampler):
+    """The indices of each training step's images, as a pure function of (seed, step).
+
+    An epoch is ceil(num_images / batch_size) steps and visits every image in an order drawn from (seed, epoch). Every
+    batch is full: the last one of an epoch is filled up from the front of the epoch's order. Iterating yields the
+    batches of the steps first_step ... last_step - 1, without end when last_step is None.
+    """
+
+    def __init__(self, num_images: int, batch_size: int, seed: int, first_step: int = 0, last_step: int | None = None):
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.first_step, self.last_step = first_step, last_step
+        self.steps_per_epoch = math.ceil(num_images / batch_size)
+        self._order = (-1, torch.empty(0))  # the last epoch asked for, and its order
+
+    def batch(self, step: int) -> list[int]:
+        """The `batch_size` image indices of `step`, counted from 0 at the start of the run."""
+        epoch, k = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
+            self._order = (epoch, torch.randperm(self.num_images, generator=generator))
+        positions = torch.arange(k * self.batch_size, (k + 1) * self.batch_size) % self.num_images
+        return self._order[1][positions].tolist()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        steps = itertools.count(self.first_step) if self.last_step is None else range(self.first_step, self.last_step)
+        return map(self.batch, steps)
+
+    def __len__(self) -> int:
+        if self.last_step is None:
+            raise TypeError("batches without end have no length")
+        return max(0, self.last_step - self.first_step)
+
+
+def _as_is(batch: torch.Tensor) -> torch.Tensor:
+    return batch
+
+
+def make_loader(dataset: ImageFolder, batch_size: int, seed: int, first_step: int = 0, last_step: int | None = None,
+                workers: int = 0) -> DataLoader:
+    """Batches uint8 `[B, 3, S, S]` for the steps first_step ... last_step - 1, one a step.
+
+    The result is the same for any number of `workers` (processes): they decode files and draw no random number. Images
+    that are in memory need none.
+    """
+    return DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), batch_size, seed, first_step, last_step),
+                      collate_fn=_as_is, num_workers=0 if dataset.images is not None else workers,
+                      pin_memory=torch.cuda.is_available(),
+                      generator=torch.Generator())  # its own, so that starting a loader leaves torch's global one alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augmentation
+
+AUGMENT_DIM = 5  # what the network is told: angle, brightness, contrast, saturation, hue
+AUGMENT_MODES = ("full", "flip", "none")
+MAX_ANGLE = math.radians(15)
+
+
+def augment(images: torch.Tensor, generator: torch.Generator | None = None,
+            mode: str = "full") -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 `[B, 3, S, S]` to (x_0 float32 `[B, 3, S, S]` in [-1, 1], told float32 `[B, 5]` in [-1, 1]).
+
+    Modes: "none"; "flip", a mirror image with probability 1/2; "full", also with probability 1/2 each a rotation of up
+    to 15 degrees, and a jitter of brightness, contrast, saturation (up to 20 % each) and hue (up to 5 % of the circle).
+
+    Non-leaking augmentation (Karras et al. 2022, "EDM", appendix F.2): the network is told in `told` what was done,
+    (angle / 15 degrees counter-clockwise, brightness, contrast, saturation, hue), zeros where nothing was, and zeros
+    when sampling: so samples are neither tilted nor tinted. A mirror image is not told: it is as good as the original.
+
+    Every call draws B x 8 numbers from `generator`, whatever the mode, on the generator's device (else the images').
+    An image that is not rotated is not resampled: it leaves as it came. Nothing here makes the host wait for a GPU.
+    """
+    if mode not in AUGMENT_MODES:
+        raise ValueError(f"mode is one of {', '.join(AUGMENT_MODES)}, not {mode!r}")
+    device = images.device if generator is None else generator.device
+    u = torch.rand(len(images), 8, generator=generator, device=device).to(images.device, non_blocking=True)
+    coin, amount = u[:, :3] < 0.5, 2 * u[:, 3:] - 1  # three decisions [B, 3], five amounts [B, 5] in [-1, 1)
+    told = torch.zeros_like(amount)
+    flipped, rotated, jittered = coin[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
+    if mode != "none":
+        images = torch.where(flipped, images.flip(-1), images)
+    x = images.float() / 255
+    if mode == "full":
+        told = amount * coin[:, [1, 2, 2, 2, 2]]
+        x = torch.where(rotated, _rotate(x, amount[:, 0] * MAX_ANGLE), x)
+        x = torch.where(jittered, _jitter(x, amount[:, 1:]), x)
+    return 2 * x - 1, told
+
+
+def _rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Rotate x `[B, 3, S, S]` in [0, 1] counter-clockwise by `angle` `[B]`, radians, without a black corner."""
+    size = x.shape[-1]
+    border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=-1)  # [B, 3, 4S]
+    background = border.sort(-1).values[:, :, 2 * size, None]  # the median; [B, 3, 1]
+    plain = ((border - background).abs() < 16 / 255).all(1).float().mean(-1) > 2 / 3  # [B]: one colour all around?
+    # What comes in at the corners: the picture's own background, which does not smear a creature that touches the
+    # edge, or the mirrored picture where there is no such colour. Zero is the background from here to the last line.
+    x = x - background[..., None]
+    pad = math.ceil(size * (math.cos(MAX_ANGLE) + math.sin(MAX_ANGLE) - 1) / 2) + 1
+    around = (pad,) * 4
+    x = torch.where(plain[:, None, None, None], F.pad(x, around), F.pad(x, around, mode="reflect"))
+    # Where each pixel of the result comes from: the inverse rotation, with y pointing down, -1 ... 1 across the padded
+    # picture. Not F.affine_grid, whose matrix product would lose its precision to TF32 or autocast.
+    centre = (2 * torch.arange(size, device=x.device) + 1 - size) / (size + 2 * pad)
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    grid = torch.stack([cos * centre - sin * centre[:, None], sin * centre + cos * centre[:, None]], dim=-1)
+    return F.grid_sample(x, grid, align_corners=False) + background[..., None]
+
+
+def _jitter(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
+    """Change the colours of x `[B, 3, H, W]` in [0, 1] by `amount` `[B, 4]` in [-1, 1]; black and white stay exact.
+
+    Each step is the identity plus a term that is exactly zero for black, for white and (but for the first two) for
+    every grey, so that a white background stays white to the last bit.
+    """
+    brightness, contrast, saturation, hue = amount[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
+    x = x ** 1.2 ** -brightness  # a gamma curve
+    x = x + 0.4 * contrast * x * (1 - x) * (2 * x - 1)  # an S-curve that changes the slope at mid-grey by 20 %
+    r, g, b = x.split(1, dim=1)
+    luma = g + 0.299 * (r - g) + 0.114 * (b - g)  # written so that a grey's luma is that grey exactly
+    x = x + 0.2 * saturation * (x - luma)
+    # Rodrigues' rotation about the grey axis (1, 1, 1) / sqrt(3): x + (1 - cos) (mean - x) + sin k cross x
+    r, g, b = x.split(1, dim=1)
+    mean = g + ((r - g) + (b - g)) / 3
+    angle = 2 * math.pi * 0.05 * hue
+    x = x - (1 - angle.cos()) * (x - mean) + angle.sin() / math.sqrt(3) * torch.cat([b - g, r - b, g - r], dim=1)
+    return x.clamp(0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command: look at what the network will see
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count a folder's images and draw what augmentation does to them.")
+    parser.add_argument("folder", help="a folder of images, at any depth")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the decoded images in pixels (default 64)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed draws other augmentations (default 0)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/augmentation.png"),
+                        help="the picture to write (default outputs/augmentation.png)")
+    args = parser.parse_args()
+    try:
+        dataset = ImageFolder(args.folder, args.image_size)
+    except DataError as e:
+        sys.exit(f"error: {e}")
+    print(f"{len(dataset)} images in {args.folder}, {dataset.left_out} files left out")
+
+    # Eight images spread over the folder: each plain on the left, then augmented seven times. The grey lines between
+    # the tiles belong to this drawing; anything else at a tile's border would be a mark of the augmentation.
+    chosen = np.linspace(0, len(dataset) - 1, 8).round().astype(int).tolist()
+    images = dataset.__getitems__(chosen)
+    generator = torch.Generator().manual_seed(args.seed)
+    columns = [augment(images, generator, "none")[0]] + [augment(images, generator, "full")[0] for _ in range(7)]
+    tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=0.5)  # [8, 8, 3, S + 2, S + 2]
+    grid = tiles.permute(0, 3, 1, 4, 2).reshape(8 * tiles.shape[3], 8 * tiles.shape[4], 3)
+    pixels = ((grid + 1) * 127.5).round().to(torch.uint8).numpy()
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(args.output)
+    print(f"{args.output}: left column plain, the other seven augmented")
+
+
+if __name__ == "__main__":
+    main()

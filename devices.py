@@ -1,0 +1,50 @@
+"""Where the arithmetic runs, and in which precision: shared by training and sampling."""
+
+from __future__ import annotations
+
+import torch
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device called `name`, such as "cpu" or "cuda:1"; "auto" is CUDA when there is one, else MPS, else the CPU.
+
+    Raises:
+        ValueError: if there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"no device {name!r} on this machine; choose one of {', '.join(DEVICES)}") from error
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """"bf16" or "fp32"; "auto" is bfloat16 where the device computes in it. Weights and optimizer stay in float32."""
+    if name not in PRECISIONS:
+        raise ValueError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        # An emulated bfloat16 is slower than float32, so a processor without the instructions stays with the latter.
+        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A context in which convolutions and matrix products run in bfloat16 if `precision` is "bf16"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, as "cuda (NVIDIA H200)" or "cpu (2 threads)"."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)

@@ -1,0 +1,227 @@
+"""From image to noise: the schedule of a diffusion model, and what its network is asked to predict.
+
+    python forward_diffusion.py                # a built-in critter going to noise
+    python forward_diffusion.py my_cat.jpg     # your own picture
+
+Both write outputs/forward_diffusion.png (the picture at ten timesteps, under both schedules) and
+outputs/schedules.png (beta, alpha-bar and signal-to-noise ratio). DIFFUSION_THEORY.md derives every line of this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SCHEDULES = ("linear", "cosine")
+PREDICTIONS = ("eps", "v", "x0")
+
+
+class NoiseScheduler:
+    """The forward process q of Ho et al. (2020), and the conversions between eps, v and x_0.
+
+    A timestep t is an integer in 0 ... T-1 where 0 has the least noise. Images are floating-point tensors
+    [B, C, H, W] in [-1, 1]; `t` is an integer tensor [B] on the images' device.
+
+    Args:
+        num_timesteps: T, at least 2.
+        beta_start, beta_end: the ends of the linear schedule, 0 < beta_start <= beta_end < 1; the cosine one has none.
+        schedule: "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+
+    Attributes:
+        betas, alphas, alphas_cumprod, alphas_cumprod_prev: float32 tensors [T] on the CPU, computed in float64.
+
+    Raises:
+        ValueError: for an unknown schedule, or numbers outside of the ranges above.
+    """
+
+    def __init__(
+        self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, schedule: str = "linear"
+    ):
+        if num_timesteps < 2:
+            raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
+        if schedule == "linear":
+            if not 0 < beta_start <= beta_end < 1:
+                raise ValueError(f"betas must satisfy 0 < start <= end < 1, not {beta_start} and {beta_end}")
+            betas = torch.linspace(beta_start, beta_end, num_timesteps, dtype=torch.float64)
+        elif schedule == "cosine":
+            betas = _cosine_betas(num_timesteps)
+        else:
+            raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
+        self.num_timesteps, self.beta_start, self.beta_end = num_timesteps, beta_start, beta_end
+        self.schedule = schedule
+
+        alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        self.betas = betas.float()
+        self.alphas = (1 - betas).float()
+        self.alphas_cumprod = alphas_cumprod.float()
+        self.alphas_cumprod_prev = torch.cat([torch.ones(1), self.alphas_cumprod[:-1]])
+
+        # The masters stay in float64: 1 - alpha-bar at t = 0 is 1e-4, and taking it from a float32 alpha-bar would
+        # leave three correct digits of it. Each use gets a copy on its own device in its own precision.
+        self._tables = {
+            "alphas_cumprod": alphas_cumprod,
+            "signal": alphas_cumprod.sqrt(),
+            "noise": (1 - alphas_cumprod).sqrt(),
+        }
+        self._copies: dict[tuple, torch.Tensor] = {}
+
+    def config(self) -> dict:
+        """Plain values that build this scheduler again: `NoiseScheduler(**scheduler.config())`."""
+        return {name: getattr(self, name) for name in ("num_timesteps", "beta_start", "beta_end", "schedule")}
+
+    def alpha_bar(self, t: int) -> float:
+        """alpha-bar at one timestep, in float64; t = -1 is the clean image, where it is 1."""
+        if not -1 <= t < self.num_timesteps:
+            raise ValueError(f"timestep {t} is outside of -1 ... {self.num_timesteps - 1}")
+        return 1.0 if t == -1 else self._tables["alphas_cumprod"][t].item()
+
+    def snr(self) -> torch.Tensor:
+        """Signal-to-noise ratio alpha-bar / (1 - alpha-bar) at every timestep, float64 [T] (Kingma et al. 2021)."""
+        return (self._tables["signal"] / self._tables["noise"]) ** 2
+
+    def add_noise(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """A draw from q(x_t | x_0) in one jump (Ho et al. 2020, eq. 4); `noise` is standard normal, shaped as x_0."""
+        signal, sigma = self._coefficients(t, x_0)
+        return signal * x_0 + sigma * noise
+
+    # What the network's output means is known here and nowhere else. With a = sqrt(alpha-bar_t) and
+    # b = sqrt(1 - alpha-bar_t), so that a^2 + b^2 = 1 and x_t = a x_0 + b eps, any one of the three
+    # gives the other two:   v = a eps - b x_0   (Salimans & Ho 2022, appendix D).
+
+    def target(self, prediction: str, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """What the network should answer for x_t = add_noise(x_0, t, noise); `prediction` is "eps", "v" or "x0"."""
+        if prediction == "eps":
+            return noise
+        if prediction == "x0":
+            return x_0
+        if prediction == "v":
+            signal, sigma = self._coefficients(t, x_0)
+            return signal * noise - sigma * x_0
+        raise _unknown_prediction(prediction)
+
+    def to_x_0(self, prediction: str, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The clean image that the network's `output` at x_t stands for, not clipped."""
+        signal, sigma = self._coefficients(t, x_t)
+        if prediction == "eps":
+            return (x_t - sigma * output) / signal
+        if prediction == "v":
+            return signal * x_t - sigma * output
+        if prediction == "x0":
+            return output
+        raise _unknown_prediction(prediction)
+
+    def to_eps(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The noise that makes x_t out of x_0: eq. 4 of Ho et al. (2020) solved for it."""
+        signal, sigma = self._coefficients(t, x_t)
+        return (x_t - signal * x_0) / sigma
+
+    def _coefficients(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), [B, 1, 1, 1], with the device and dtype of `like`."""
+        tables = []
+        for name in ("signal", "noise"):
+            key = (name, like.device, like.dtype)
+            if key not in self._copies:  # copied once, so that the training loop never waits for the transfer
+                self._copies[key] = self._tables[name].to(like.dtype).to(like.device)
+            tables.append(self._copies[key][t].view(-1, *[1] * (like.dim() - 1)))
+        return tables[0], tables[1]
+
+
+def _cosine_betas(num_timesteps: int, offset: float = 0.008, largest: float = 0.999) -> torch.Tensor:
+    """beta of the cosine schedule, float64 [T] (Nichol & Dhariwal 2021, eq. 17 with s = 0.008, and its clip)."""
+    steps = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((steps + offset) / (1 + offset) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=largest)  # without the clip the last beta is 1, and eps would divide by 0
+
+
+def _unknown_prediction(prediction: str) -> ValueError:
+    return ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(PREDICTIONS)}")
+
+
+def seed_from(*integers: int) -> int:
+    """Hash integers (a run's seed, a step, an image, ...) into one 63-bit seed; any difference gives another stream.
+
+    Everything random is drawn from where it stands (run, step, image) and not from what was drawn before it, so a
+    resumed run, or one with more workers, sees the same numbers.
+    """
+    # SeedSequence takes 32-bit words and ignores zeros at the end: so two words each, and their number in front.
+    words = [len(integers)] + [int(i) >> shift & 0xFFFFFFFF for i in integers for shift in (0, 32)]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures: python forward_diffusion.py
+
+
+def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> None:
+    """Write a picture of one image [1, 3, H, W] at `columns` timesteps, a row for each schedule."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(SCHEDULES), columns, figsize=(1.35 * columns, 3.3), layout="constrained")
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
+    for row, schedule in enumerate(SCHEDULES):
+        scheduler = NoiseScheduler(schedule=schedule)
+        for axis, t in zip(axes[row], np.linspace(0, scheduler.num_timesteps - 1, columns).round().astype(int)):
+            x_t = scheduler.add_noise(x_0, torch.tensor([t]), noise)
+            axis.imshow((x_t[0].permute(1, 2, 0).clamp(-1, 1) + 1) / 2)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"t = {t}", fontsize=9)
+        axes[row][0].set_ylabel(schedule)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_schedules(path: Path) -> None:
+    """Write the curves of beta, alpha-bar and signal-to-noise ratio of both schedules."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for schedule in SCHEDULES:
+        scheduler = NoiseScheduler(schedule=schedule)
+        axes[0].plot(scheduler.betas, label=schedule)
+        axes[1].plot(scheduler.alphas_cumprod, label=schedule)
+        axes[2].plot(scheduler.snr(), label=schedule)
+    titles = ("β: noise added at each step", "ᾱ: share of the image's variance left", "ᾱ / (1 - ᾱ): signal-to-noise ratio")
+    for axis, title in zip(axes, titles):
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("t")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0].set_yscale("log")
+    axes[2].set_yscale("log")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw a picture going to noise, and the curves of the two schedules.")
+    parser.add_argument("image", nargs="?", help="a picture of yours (default: a built-in critter)")
+    parser.add_argument("--image_size", type=int, default=128, help="side of the picture, in pixels (default: 128)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder to write to (default: outputs)")
+    args = parser.parse_args()
+
+    # Imported here: the mathematics above needs neither.
+    from critters import draw_critter
+    from dataset import DataError, decode_image
+
+    try:
+        if args.image:
+            pixels = decode_image(Path(args.image), args.image_size)
+        else:
+            pixels = np.asarray(draw_critter(3, args.image_size)[0]).transpose(2, 0, 1)
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (DataError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    x_0 = torch.tensor(pixels)[None] / 127.5 - 1
+    draw_forward_process(x_0, args.output / "forward_diffusion.png")
+    draw_schedules(args.output / "schedules.png")
+    print(f"wrote {args.output / 'forward_diffusion.png'} and {args.output / 'schedules.png'}")
+
+
+if __name__ == "__main__":
+    main()

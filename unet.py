@@ -1,0 +1,245 @@
+"""The network: a U-Net that looks at a noisy image and its timestep, and answers with an image.
+
+    python unet.py                                                    # the reference network: 54,195,523 parameters
+    python unet.py --width 32 --multipliers 1 2 4 --image_size 32     # any other size of the same class
+
+The shape is that of Ho et al. (2020), appendix B, with the timestep entering each block as a scale and a shift
+(Dhariwal & Nichol 2021, "adaptive group normalisation").
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass
+class UNetConfig:
+    """All that the network's size follows from; the defaults are the reference network."""
+
+    channels: int = 3  # of the image
+    width: int = 64  # channels at the first level
+    multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one a level; each level halves the resolution
+    blocks: int = 2  # residual blocks a level on the way down; one more on the way up
+    patch: int = 1  # pixels along the side of a square that the network takes as one position
+    head_width: int = 64  # channels of an attention head
+    groups: int = 32  # of the group normalisations
+    dropout: float = 0.0  # inside of the residual blocks, while training
+    augment_dim: int = 5  # numbers that can tell the network how its image was augmented; they cost no parameter
+
+    def __post_init__(self):
+        self.multipliers = tuple(self.multipliers)
+        if min(self.channels, self.width, self.blocks, self.patch, self.head_width, self.groups, *self.multipliers) < 1:
+            raise ValueError(f"every size of the network must be at least 1: {self}")
+        for width in {self.width, *self.widths}:
+            if width % self.groups:
+                raise ValueError(f"a level of {width} channels cannot be normalised in {self.groups} groups; "
+                                 f"choose a width that is a multiple of {self.groups}")
+        if self.width % 2:
+            raise ValueError(f"width must be even, not {self.width}")
+        if self.widths[-1] % self.head_width:
+            raise ValueError(f"the deepest level's {self.widths[-1]} channels do not divide into attention heads of "
+                             f"{self.head_width}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, from the finest."""
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+    @property
+    def size_multiple(self) -> int:
+        """An image's side must be a multiple of this: each level but the last halves it."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+
+class UNet(nn.Module):
+    """`model(x_t, t)` -> a tensor of the shape of x_t: eps, v or x_0, whichever it was trained for.
+
+    Args:
+        config: the sizes. None: the reference network, 54,195,523 parameters; 18.0 GFLOP an image at 64x64.
+
+    Shapes:
+        x_t: [B, channels, H, W], float; H and W multiples of `config.size_multiple` (8 for the reference network).
+        t: [B], integers in 0 ... T-1.
+        augmentation: [B, augment_dim], each in [-1, 1], or None: what was done to the pictures (`dataset.augment`
+            returns it). None, or zeros, says that nothing was: that is how to sample.
+    """
+
+    def __init__(self, config: UNetConfig | None = None):
+        super().__init__()
+        self.config = config = config or UNetConfig()
+        widths, emb_width = config.widths, 4 * config.width
+
+        self.time_mlp = nn.Sequential(nn.Linear(config.width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
+        # Augmentation is told through fixed waves added to the timestep's embedding, not through learned weights
+        # (Karras et al. 2022, appendix F.2, has a learned layer): no parameter is spent, the zero vector changes nothing,
+        # and the rows are orthogonal to each other and as loud as the timestep's own embedding (both have norm sqrt(width/2)).
+        row, column = torch.arange(config.augment_dim)[:, None] + 1, torch.arange(config.width)[None] + 0.5
+        self.register_buffer("augment_waves", torch.cos(math.pi * row * column / config.width), persistent=False)
+
+        def block(c_in: int, c_out: int) -> ResBlock:
+            return ResBlock(c_in, c_out, emb_width, config)
+
+        # With patch 2, each square of 2x2 pixels becomes one position with 4 times the channels: a quarter of the work
+        # at every level, for a CPU. The reference network, with patch 1, looks at each pixel.
+        channels = config.channels * config.patch**2
+        self.conv_in = nn.Conv2d(channels, config.width, 3, padding=1)
+        skips, c = [config.width], config.width  # widths of the tensors that wait for the way up
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks):
+                blocks.append(block(c, width))
+                c = width
+                skips.append(c)
+            self.down.append(blocks)
+            if level < len(widths) - 1:
+                skips.append(c)  # the pooled tensor
+
+        self.middle = nn.ModuleList([block(c, c), Attention(c, config), block(c, c)])
+
+        self.up = nn.ModuleList()
+        for width in reversed(widths):
+            blocks = nn.ModuleList()
+            for _ in range(config.blocks + 1):
+                blocks.append(block(c + skips.pop(), width))
+                c = width
+            self.up.append(blocks)
+
+        self.norm_out = nn.GroupNorm(config.groups, c)
+        self.conv_out = nn.Conv2d(c, channels, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)  # the first answer is 0, the mean of what it will be asked for
+        nn.init.zeros_(self.conv_out.bias)
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, augmentation: torch.Tensor | None = None) -> torch.Tensor:
+        emb = timestep_embedding(t, self.config.width)
+        if augmentation is not None:
+            emb = emb + augmentation @ self.augment_waves
+        emb = F.silu(self.time_mlp(emb.to(self.conv_in.weight.dtype)))
+
+        h = self.conv_in(F.pixel_unshuffle(x_t, self.config.patch))
+        skips = [h]
+        for level, blocks in enumerate(self.down):
+            if level > 0:
+                h = F.avg_pool2d(h, 2)
+                skips.append(h)
+            for block in blocks:
+                h = block(h, emb)
+                skips.append(h)
+
+        block_1, attention, block_2 = self.middle
+        h = block_2(attention(block_1(h, emb)), emb)
+
+        for level, blocks in enumerate(self.up):
+            if level > 0:
+                h = F.interpolate(h, scale_factor=2.0, mode="nearest")
+            for block in blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)
+
+
+class ResBlock(nn.Module):
+    """GroupNorm, SiLU, conv; then the same with the timestep's scale and shift; added to the input."""
+
+    def __init__(self, c_in: int, c_out: int, emb_width: int, config: UNetConfig):
+        super().__init__()
+        self.norm_1 = nn.GroupNorm(config.groups, c_in)
+        self.conv_1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.scale_shift = nn.Linear(emb_width, 2 * c_out)
+        self.norm_2 = nn.GroupNorm(config.groups, c_out)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+        nn.init.zeros_(self.conv_2.weight)  # each block starts as its shortcut, so that a deep network starts shallow
+        nn.init.zeros_(self.conv_2.bias)
+
+    def forward(self, x: torch.Tensor, emb: torch.Tensor) -> torch.Tensor:
+        h = self.conv_1(F.silu(self.norm_1(x)))
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
+        h = self.norm_2(h) * (1 + scale) + shift
+        return self.shortcut(x) + self.conv_2(self.dropout(F.silu(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions of the deepest level (Vaswani et al. 2017), added to its input."""
+
+    def __init__(self, channels: int, config: UNetConfig):
+        super().__init__()
+        self.heads = channels // config.head_width
+        self.norm = nn.GroupNorm(config.groups, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, c, h, w = x.shape
+        qkv = self.qkv(self.norm(x)).view(b, 3, self.heads, c // self.heads, h * w)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # each [B, heads, positions, head width]
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(attended.transpose(2, 3).reshape(b, c, h, w))
+
+
+def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
+    """Sinusoids of t at frequencies from 1 to 1/10000, [B] -> float32 [B, width] (Vaswani et al. 2017, section 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t[:, None].float() * frequencies[None]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable numbers in a module."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def describe(model: UNet, image_size: int) -> str:
+    """The network as a table: a line a level with its resolution, width, blocks and parameters, then the total."""
+    config, levels = model.config, len(model.config.widths)
+    side = [image_size // config.patch // 2**level for level in range(levels)]
+    rows = [("timestep", "", 4 * config.width, "", model.time_mlp), ("in", side[0], config.width, "", model.conv_in)]
+    for level, blocks in enumerate(model.down):
+        rows.append((f"down {level + 1}", side[level], config.widths[level], len(blocks), blocks))
+    rows.append(("middle", side[-1], config.widths[-1], "2 + attention", model.middle))
+    for level, blocks in zip(reversed(range(levels)), model.up):
+        rows.append((f"up {level + 1}", side[level], config.widths[level], len(blocks), blocks))
+    rows.append(("out", side[0], config.channels, "", nn.ModuleList([model.norm_out, model.conv_out])))
+
+    lines = [f"{'level':<10}{'resolution':>12}{'width':>8}{'blocks':>16}{'parameters':>14}"]
+    for name, resolution, width, blocks, module in rows:
+        resolution = f"{resolution} x {resolution}" if resolution else ""
+        lines.append(f"{name:<10}{resolution:>12}{width:>8}{blocks:>16}{count_parameters(module):>14,}")
+    lines.append(f"{'total':<10}{count_parameters(model):>50,}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    defaults = UNetConfig()
+    parser = argparse.ArgumentParser(description="Print the network as a table.")
+    parser.add_argument("--width", type=int, default=64, help="channels at the first level (default: 64)")
+    parser.add_argument("--multipliers", type=int, nargs="+", default=list(defaults.multipliers),
+                        help="of the width, one a level (default: 1 2 4 8)")
+    parser.add_argument("--blocks", type=int, default=2, help="residual blocks a level (default: 2)")
+    parser.add_argument("--patch", type=int, default=1, help="pixels along the side of a position (default: 1)")
+    parser.add_argument("--image_size", type=int, default=64, help="side of the image, in pixels (default: 64)")
+    args = parser.parse_args()
+    try:
+        sizes = {**asdict(defaults), "width": args.width, "multipliers": args.multipliers, "blocks": args.blocks,
+                 "patch": args.patch}
+        model = UNet(UNetConfig(**sizes))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if args.image_size < 1 or args.image_size % model.config.size_multiple:
+        sys.exit(f"error: --image_size must be a multiple of {model.config.size_multiple}, not {args.image_size}")
+    print(describe(model, args.image_size))
+
+
+if __name__ == "__main__":
+    main()
