@@ -279,7 +279,8 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None,
     if mode not in AUGMENT_MODES:
         raise ValueError(f"mode is one of {', '.join(AUGMENT_MODES)}, not {mode!r}")
     device = images.device if generator is None else generator.device
-    u = torch.rand(len(images), 8, generator=generator, device=device).to(images.device, non_blocking=True)
+    u = torch.rand(len(images), 8, generator=generator, device=device)
+    u = u.to(images.device, non_blocking=images.is_cuda)
     coin, amount = u[:, :3] < 0.5, 2 * u[:, 3:] - 1  # three decisions [B, 3], five amounts [B, 5] in [-1, 1)
     told = torch.zeros_like(amount)
     flipped, rotated, jittered = coin[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
