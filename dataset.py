@@ -27,6 +27,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from forward_diffusion import seed_from
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # Pillow looks at a file's content, not at its name. Only these decoders may run: some others start outside programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
@@ -197,13 +199,6 @@ class ImageFolder(Dataset):
 # order
 
 
-def seed_from(*integers: int) -> int:
-    """Hash integers (a run's seed, a step, an epoch, ...) into one 63-bit seed; any difference gives another stream."""
-    # SeedSequence takes 32-bit words and ignores zeros at the end: so two words each, and their number in front.
-    words = [len(integers)] + [int(i) >> shift & 0xFFFFFFFF for i in integers for shift in (0, 32)]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 class ShuffledBatches(Sampler):
     """The indices of each training step's images, as a pure function of (seed, step).
 
@@ -288,7 +283,7 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None,
         images = torch.where(flipped, images.flip(-1), images)
     x = images.float() / 255
     if mode == "full":
-        told = amount * coin[:, [1, 2, 2, 2, 2]]
+        told = amount * torch.cat([coin[:, 1:2], coin[:, 2:].expand(-1, 4)], dim=1)
         x = torch.where(rotated, _rotate(x, amount[:, 0] * MAX_ANGLE), x)
         x = torch.where(jittered, _jitter(x, amount[:, 1:]), x)
     return 2 * x - 1, told
@@ -311,14 +306,15 @@ def _rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     centre = (2 * torch.arange(size, device=x.device) + 1 - size) / (size + 2 * pad)
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
     grid = torch.stack([cos * centre - sin * centre[:, None], sin * centre + cos * centre[:, None]], dim=-1)
-    return F.grid_sample(x, grid, align_corners=False) + background[..., None]
+    # Rounding can leave [0, 1] by 1e-8, and a gamma curve of a negative number is NaN: so clamp.
+    return (F.grid_sample(x, grid, align_corners=False) + background[..., None]).clamp(0, 1)
 
 
 def _jitter(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
     """Change the colours of x `[B, 3, H, W]` in [0, 1] by `amount` `[B, 4]` in [-1, 1]; black and white stay exact.
 
-    Each step is the identity plus a term that is exactly zero for black, for white and (but for the first two) for
-    every grey, so that a white background stays white to the last bit.
+    The two curves fix 0 and 1; the two others add a term that is exactly zero for every grey. So a white background
+    stays white to the last bit.
     """
     brightness, contrast, saturation, hue = amount[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
     x = x ** 1.2 ** -brightness  # a gamma curve

@@ -43,6 +43,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The order of an image's numbers in memory that convolutions like best: channels last on a GPU.
+
+    On a CPU bfloat16 convolutions take either, and the group normalisations are faster on planes.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
 def describe(device: torch.device) -> str:
     """The device in words, as "cuda (NVIDIA H200)" or "cpu (2 threads)"."""
     if device.type == "cuda":

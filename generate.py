@@ -20,7 +20,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, newest_checkpoint
-from devices import DEVICES, PRECISIONS, autocast, describe, pick_device, pick_precision
+from devices import DEVICES, PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
 from reverse_diffusion import SAMPLERS, sample, seeded_noise
 
 
@@ -57,11 +57,11 @@ def choose_sampler(sampler: str | None, steps: int | None, device: torch.device,
 def generate(model, scheduler, config: dict, sampler: str, steps: int, args, device: torch.device, precision: str):
     """Images [num_images, 3, S, S] in [-1, 1] on the CPU, in batches, with a progress bar over all steps."""
     side = config["image_size"]
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=memory_format(device))
 
     def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
-            return model(x_t.contiguous(memory_format=torch.channels_last), t)
+            return model(x_t.contiguous(memory_format=memory_format(device)), t)
 
     seeds = range(args.seed, args.seed + args.num_images)
     batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from critters import draw_critters
 from dataset import AUGMENT_MODES, DataError, ImageFolder, augment, find_images, make_loader
-from devices import PRECISIONS, autocast, describe, pick_device, pick_precision
+from devices import PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
 from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
 from reverse_diffusion import sample, seeded_noise
 from unet import UNet, UNetConfig, count_parameters
@@ -133,7 +133,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     if config.image_size % unet_config.size_multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {unet_config.size_multiple} that is at least 8, "
                          f"for this network; {config.image_size} is not")
-    model = UNet(unet_config).to(device, memory_format=torch.channels_last)
+    model = UNet(unet_config).to(device, memory_format=memory_format(device))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=device.type in ("cuda", "cpu"))
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule)
@@ -187,7 +187,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
         x_0, told = augment(images.to(device, non_blocking=True), generator, config.augment)
         t = draw_timesteps(len(x_0), config.timesteps, generator)
         noise = torch.randn(x_0.shape, generator=generator, device=device)
-        x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=torch.channels_last)
+        x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(device))
 
         with autocast(device, precision):
             output = model(x_t, t, told)
@@ -269,7 +269,7 @@ def draw_samples(ema: UNet, scheduler: NoiseScheduler, config: Config, device: t
 
     def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
-            return ema(x_t.contiguous(memory_format=torch.channels_last), t)
+            return ema(x_t.contiguous(memory_format=memory_format(device)), t)
 
     images = [sample(network, scheduler, part, sampler="ddim", steps=min(config.sample_steps, config.timesteps),
                      prediction=config.prediction) for part in x_T.split(64)]

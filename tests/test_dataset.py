@@ -464,6 +464,13 @@ def test_flip_and_none(mode):
     assert torch.equal(((x_0 + 1) * 127.5).round().to(torch.uint8)[same], images[same])  # [-1, 1] is [0, 255]
 
 
+def test_the_result_is_finite_and_within_range():
+    """Black on nearly white: rounding in the rotation must not hand the gamma curve a number below zero."""
+    images = on_white(256) - (on_white(256) == 255).to(torch.uint8)  # 254, as JPEG has it
+    x_0, _ = augment(images, generator(), "full")
+    assert x_0.isfinite().all() and x_0.min() == -1 and 0.99 < x_0.max() <= 1
+
+
 def test_unknown_mode():
     with pytest.raises(ValueError, match="full, flip, none"):
         augment(noise(1), generator(), "all")

@@ -1,0 +1,184 @@
+"""Checkpoints survive what happens to files: kills, full disks, cuts, strangers, and code that waits to be run."""
+
+import errno
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from forward_diffusion import NoiseScheduler
+from unet import UNet, UNetConfig
+
+CONFIG = dict(width=8, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
+
+
+def network(seed: int = 0, **changes) -> UNet:
+    model = UNet(UNetConfig(**{**CONFIG, **changes}))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator))
+    return model.eval()
+
+
+def content(model: UNet) -> dict:
+    return dict(ema=model.state_dict(), unet=vars(model.config).copy(), step=12,
+                scheduler=NoiseScheduler(77, schedule="cosine").config(), config=dict(prediction="v", image_size=8))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    save_checkpoint(tmp_path / "model.pt", **content(network()))
+    return tmp_path / "model.pt"
+
+
+def assert_refused(path: Path, load=load_checkpoint) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        load(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new" / "folder" / "latest.pt"
+    history = [dict(epoch=1, loss=0.1 + 0.2), dict(epoch=2, loss=1e-300)]
+    tensors = [torch.randn(3, 4), torch.arange(5), torch.tensor(1.5, dtype=torch.bfloat16)]
+    save_checkpoint(path, tensors=tensors, history=history, multipliers=(1, 2), name="é")
+    loaded = load_checkpoint(path)
+    assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(loaded["tensors"], tensors, strict=True))
+    assert loaded["history"] == history and loaded["multipliers"] == (1, 2) and loaded["name"] == "é"
+
+
+def test_what_is_saved_loads_as_data(saved):
+    assert torch.load(saved, weights_only=True)["step"] == 12
+
+
+def test_saving_again_replaces_and_leaves_nothing_else(saved):
+    save_checkpoint(saved, step=13)
+    assert load_checkpoint(saved)["step"] == 13 and os.listdir(saved.parent) == ["model.pt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX's")
+def test_a_checkpoint_has_the_permissions_of_an_ordinary_file(saved):
+    ordinary = saved.parent / "ordinary"
+    ordinary.touch()
+    assert saved.stat().st_mode == ordinary.stat().st_mode
+
+
+@pytest.mark.parametrize("failure, reported_as", [
+    (OSError(errno.ENOSPC, "No space left on device"), OSError),
+    (RuntimeError("PyTorchStreamWriter failed writing file data/3"), OSError),  # how torch says the same
+    (KeyboardInterrupt(), KeyboardInterrupt),
+])
+@pytest.mark.parametrize("where", ["while writing", "while renaming"])
+def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch, failure, reported_as, where):
+    def fail_after_some_bytes(content, file):
+        file.write(b"half of a checkpoint")
+        raise failure
+
+    def fail(*args):
+        raise failure
+
+    if where == "while writing":
+        monkeypatch.setattr(torch, "save", fail_after_some_bytes)
+    else:
+        monkeypatch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(reported_as):
+        save_checkpoint(saved, step=13)
+    assert load_checkpoint(saved)["step"] == 12 and os.listdir(saved.parent) == ["model.pt"]
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    assert_refused(tmp_path / "none.pt")
+    assert_refused(tmp_path)  # a folder
+
+
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.5, 0.9, 0.999])
+def test_a_cut_file_is_refused(saved, part):
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: int(part * len(whole))])
+    assert_refused(saved)
+
+
+@pytest.mark.parametrize("damage", [
+    b"hello world\n", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
+    b"PK\x03\x04 the start of a zip", b"(", b"0", b"}", b"\x80\x02", b"\x00" * 512, b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR",
+    *[struct.pack("<64Q", *(hash((k, i)) % 2**64 for i in range(64))) for k in range(20)],  # the same bytes every time
+])
+def test_a_file_of_other_bytes_is_refused(tmp_path, damage):
+    path = tmp_path / "other.pt"
+    path.write_bytes(damage)
+    assert_refused(path)
+
+
+class Trap:
+    """Unpickled, it would create a file; that is how a checkpoint from the internet takes over a machine."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [
+    lambda trap, file: pickle.dump(trap, file),
+    lambda trap, file: torch.save({"format": checkpoint.FORMAT, "ema": trap}, file),
+])
+def test_no_code_in_a_file_is_run(tmp_path, write):
+    path, marker = tmp_path / "trap.pt", tmp_path / "code was run"
+    with path.open("wb") as file:
+        write(Trap(marker), file)
+    assert_refused(path)
+    assert_refused(path, load_model)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # the trap does work, where it is let
+
+
+@pytest.mark.parametrize("theirs", [{"state_dict": {"w": torch.ones(2)}}, [1, 2], torch.ones(3), {"format": "other 1"}])
+def test_a_stranger_s_file_is_refused(tmp_path, theirs):
+    torch.save(theirs, tmp_path / "theirs.pt")
+    assert_refused(tmp_path / "theirs.pt")
+
+
+def test_load_model_rebuilds_the_network_and_the_scheduler(saved):
+    original = network()
+    model, scheduler, config = load_model(saved)
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 76])
+    assert not model.training and model(x, t).equal(original(x, t)) and model.config == original.config
+    assert scheduler.config() == NoiseScheduler(77, schedule="cosine").config()
+    assert config == dict(prediction="v", image_size=8)
+
+
+@pytest.mark.parametrize("key", ["ema", "unet", "scheduler", "config"])
+def test_an_incomplete_checkpoint_is_refused(tmp_path, key):
+    parts = content(network())
+    del parts[key]
+    save_checkpoint(tmp_path / "part.pt", **parts)
+    assert_refused(tmp_path / "part.pt", load_model)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(ema=network(width=16).state_dict()), dict(ema=[1, 2]), dict(unet=dict(depth=3)), dict(unet=dict(width=-8)),
+    dict(scheduler=dict(schedule="other")), dict(config=dict(prediction="v")), dict(config=3),
+])
+def test_a_contradicting_checkpoint_is_refused(tmp_path, changes):
+    save_checkpoint(tmp_path / "odd.pt", **{**content(network()), **changes})
+    assert_refused(tmp_path / "odd.pt", load_model)
+
+
+def test_newest_checkpoint_is_the_one_written_last(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    assert_refused(folder, newest_checkpoint)
+    assert_refused(tmp_path / "nowhere", newest_checkpoint)
+    for name, written in ("z.pt", 100), ("run/a.pt", 300), ("m.pt", 200), (".m.pt.tmp.pt", 900), ("notes.txt", 900):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+        os.utime(folder / name, (written, written))
+    assert newest_checkpoint(folder) == folder / "run" / "a.pt"

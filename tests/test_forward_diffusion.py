@@ -1,0 +1,167 @@
+"""The forward process against its definition: schedules, the jump to any timestep, eps / v / x_0, seeds, pictures."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import forward_diffusion
+from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def linear_betas(num_timesteps: int = 1000) -> np.ndarray:
+    """Ho et al. (2020), section 4, written without torch."""
+    return np.array([1e-4 + (0.02 - 1e-4) * i / (num_timesteps - 1) for i in range(num_timesteps)])
+
+
+def coefficients(scheduler: NoiseScheduler) -> tuple[torch.Tensor, torch.Tensor]:
+    """What add_noise multiplies the image and the noise by, at every timestep, float64 [T] each."""
+    t = torch.arange(scheduler.num_timesteps)
+    one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
+    signal, sigma = scheduler.add_noise(one, t, 0 * one), scheduler.add_noise(0 * one, t, one)
+    return signal.flatten(), sigma.flatten()
+
+
+def test_linear_schedule():
+    scheduler = NoiseScheduler()
+    assert scheduler.betas[0] == pytest.approx(1e-4, rel=1e-6) and scheduler.betas[-1] == pytest.approx(0.02, rel=1e-6)
+    np.testing.assert_allclose(scheduler.betas, linear_betas(), rtol=1e-6)
+    assert scheduler.alphas_cumprod[-1].item() == pytest.approx(4.0358e-5, abs=1e-9)  # the published constant
+    assert scheduler.alpha_bar(999) == pytest.approx(np.prod(1 - linear_betas()), rel=1e-12)
+
+
+@pytest.mark.parametrize("num_timesteps", [20, 1000])
+def test_cosine_schedule_is_nichol_and_dhariwals(num_timesteps):
+    scheduler = NoiseScheduler(num_timesteps, schedule="cosine")
+    f = np.cos((np.arange(num_timesteps + 1) / num_timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
+    abar = f / f[0]  # eq. 17
+    # The clip at 0.999 acts on the last beta alone, so all the others' products are the closed form.
+    np.testing.assert_allclose([scheduler.alpha_bar(t) for t in range(num_timesteps - 1)], abar[1:-1], rtol=1e-9)
+    assert scheduler.betas[-1].item() == pytest.approx(0.999) and scheduler.betas[:-1].max() < 0.999
+    assert scheduler.alpha_bar(num_timesteps - 1) == pytest.approx(abar[-2] * 0.001, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tables_belong_together(schedule):
+    scheduler = NoiseScheduler(100, schedule=schedule)
+    for table in (scheduler.betas, scheduler.alphas, scheduler.alphas_cumprod, scheduler.alphas_cumprod_prev):
+        assert table.shape == (100,) and table.dtype == torch.float32
+    torch.testing.assert_close(scheduler.alphas, 1 - scheduler.betas)
+    torch.testing.assert_close(scheduler.alphas_cumprod, scheduler.alphas_cumprod_prev * scheduler.alphas)
+    assert scheduler.alphas_cumprod_prev[0] == 1 == scheduler.alpha_bar(-1)
+    abar = scheduler.alphas_cumprod.double()
+    torch.testing.assert_close(scheduler.snr(), abar / (1 - abar), rtol=1e-3, atol=0)  # abar is rounded to float32
+
+
+def test_one_jump_is_noising_step_by_step():
+    signal, sigma = coefficients(NoiseScheduler())
+    mean, variance = 1.0, 0.0  # of x_t, for x_0 = 1
+    path = []
+    for beta in linear_betas():  # eq. 2: x_t = sqrt(1 - beta) x_{t-1} + sqrt(beta) z
+        mean, variance = (1 - beta) ** 0.5 * mean, (1 - beta) * variance + beta
+        path.append((mean, variance))
+    np.testing.assert_allclose(torch.stack([signal, sigma**2], dim=1), path, rtol=1e-10)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_variance_is_preserved(schedule):
+    signal, sigma = coefficients(NoiseScheduler(schedule=schedule))
+    torch.testing.assert_close(signal**2 + sigma**2, torch.ones(1000, dtype=torch.float64))
+    assert (signal.diff() < 0).all() and (sigma.diff() > 0).all()
+
+
+def test_the_least_noise_is_exact_in_float32():
+    """sqrt(1 - abar) from a float32 abar would be 3e-4 off: the table must be made in float64."""
+    x = torch.zeros(1, 3, 2, 2)
+    x_t = NoiseScheduler().add_noise(x, torch.tensor([0]), x + 1)
+    assert x_t.dtype == torch.float32 and x_t[0, 0, 0, 0].item() == pytest.approx(0.01, rel=1e-6)
+
+
+def test_each_image_of_a_batch_has_its_own_timestep():
+    scheduler, generator = NoiseScheduler(), torch.Generator().manual_seed(0)
+    x_0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator)
+    t = torch.tensor([999, 0, 500, 0, 3])
+    together = scheduler.add_noise(x_0, t, noise)
+    for i in range(5):
+        torch.testing.assert_close(together[i : i + 1], scheduler.add_noise(x_0[[i]], t[[i]], noise[[i]]))
+    assert (together[0] - noise[0]).abs().max() < 0.05 < (together[1] - noise[1]).abs().max()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_conversions_are_inverses_at_every_timestep(schedule, prediction):
+    scheduler, t = NoiseScheduler(schedule=schedule), torch.arange(1000)
+    x_0, noise = torch.randn(2, 1000, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = scheduler.add_noise(x_0, t, noise)
+    found = scheduler.to_x_0(prediction, scheduler.target(prediction, x_0, t, noise), x_t, t)
+    torch.testing.assert_close(found, x_0, rtol=0, atol=1e-10)
+    torch.testing.assert_close(scheduler.to_eps(found, x_t, t), noise, rtol=0, atol=1e-10)
+
+
+def test_targets_are_what_their_names_say():
+    scheduler, t = NoiseScheduler(schedule="cosine"), torch.tensor([400])
+    x_0, noise = torch.randn(2, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    abar = scheduler.alpha_bar(400)
+    assert scheduler.target("eps", x_0, t, noise).equal(noise)
+    assert scheduler.target("x0", x_0, t, noise).equal(x_0)
+    v = abar**0.5 * noise - (1 - abar) ** 0.5 * x_0  # Salimans & Ho (2022), appendix D
+    torch.testing.assert_close(scheduler.target("v", x_0, t, noise), v)
+
+
+def test_config_builds_the_scheduler_again():
+    for scheduler in (NoiseScheduler(50, 1e-3, 0.1), NoiseScheduler(77, schedule="cosine")):
+        again = NoiseScheduler(**scheduler.config())
+        assert again.config() == scheduler.config() and again.alphas_cumprod.equal(scheduler.alphas_cumprod)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(num_timesteps=1), dict(schedule="sigmoid"), dict(beta_start=0.0), dict(beta_end=1.0),
+    dict(beta_start=0.02, beta_end=1e-4), dict(beta_start=float("nan")),
+])
+def test_a_wrong_schedule_is_refused(wrong):
+    with pytest.raises(ValueError):
+        NoiseScheduler(**wrong)
+
+
+def test_wrong_arguments_are_refused():
+    scheduler, x, t = NoiseScheduler(10), torch.zeros(1, 1, 2, 2), torch.tensor([0])
+    for call in (lambda: scheduler.target("score", x, t, x), lambda: scheduler.to_x_0("score", x, x, t)):
+        with pytest.raises(ValueError, match="unknown prediction 'score'"):
+            call()
+    for t in (-2, 10):
+        with pytest.raises(ValueError):
+            scheduler.alpha_bar(t)
+
+
+def test_seed_from_tells_any_two_positions_apart():
+    positions = [(1, 2), (2, 1), (1,), (1, 0), (1, 0, 0), (0,), (0, 1), (), (2**32,), (2**32 + 1,), (-1,), (-1, 0)]
+    positions += [(0, step) for step in range(2, 1000)]
+    seeds = [seed_from(*position) for position in positions]
+    assert len(set(seeds)) == len(positions)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_from(1, 2) == 4_013_407_976_395_716_621  # what it is today: another value would end all exact resuming
+
+
+def test_the_pictures_are_drawn(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "cat.png")
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["cat.png"]):
+        monkeypatch.setattr(sys, "argv", ["forward_diffusion.py", "--image_size", "16", *flags])
+        forward_diffusion.main()
+        for name in ("forward_diffusion.png", "schedules.png"):
+            picture = np.asarray(Image.open(tmp_path / "outputs" / name).convert("RGB"))
+            assert picture.std() > 5  # not blank
+            (tmp_path / "outputs" / name).unlink()
+
+
+def test_a_missing_picture_is_one_line_on_stderr(tmp_path):
+    script = [sys.executable, ROOT / "forward_diffusion.py", "no_cat.jpg"]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.startswith("error:") and "no_cat.jpg" in done.stderr and done.stderr.count("\n") == 1

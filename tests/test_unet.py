@@ -1,0 +1,175 @@
+"""The network: its exact size, its shapes, its parts against their formulas, what it is told, what it refuses."""
+
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import unet
+from unet import Attention, ResBlock, UNet, UNetConfig, count_parameters, timestep_embedding
+
+SMALL = dict(width=16, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
+
+
+def randomised(module: torch.nn.Module) -> torch.nn.Module:
+    """With every parameter drawn anew: a fresh network answers 0, as its last convolution does, and hides everything."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) / max(1, p[0].numel()) ** 0.5)
+    return module.eval()
+
+
+def noise(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_reference_network_has_the_parameters_counted_by_hand():
+    def linear(a, b):
+        return a * b + b
+
+    def conv(a, b):
+        return 9 * a * b + b
+
+    def block(a, b):
+        return 2 * a + conv(a, b) + linear(256, 2 * b) + 2 * b + conv(b, b) + (a * b if a != b else 0)
+
+    down = [(64, 64), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)]
+    middle = [(512, 512), (512, 512)]
+    up = [(512 + 512, 512), (512 + 512, 512), (512 + 256, 512), (512 + 256, 256), (256 + 256, 256), (256 + 128, 256),
+          (256 + 128, 128), (128 + 128, 128), (128 + 64, 128), (128 + 64, 64), (64 + 64, 64), (64 + 64, 64)]
+    attention = 2 * 512 + linear(512, 3 * 512) + linear(512, 512)
+    total = (linear(64, 256) + linear(256, 256) + conv(3, 64) + sum(block(*widths) for widths in down + middle + up)
+             + attention + 2 * 64 + conv(64, 3))
+    assert total == 54_195_523
+    assert count_parameters(UNet()) == total
+
+
+def test_the_command_prints_a_table_that_adds_up(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unet.py"])
+    unet.main()
+    lines = capsys.readouterr().out.splitlines()
+    counts = [int(line.split()[-1].replace(",", "")) for line in lines[1:]]
+    assert lines[-1].endswith(" 54,195,523") and sum(counts[:-1]) == counts[-1]
+
+
+@pytest.mark.parametrize("flags", [["--width", "33"], ["--image_size", "30"], ["--multipliers", "0"]])
+def test_the_command_refuses_in_one_line(flags, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["unet.py", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        unet.main()
+    assert stopped.value.code.startswith("error:") and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize("changes, shape", [
+    (dict(), (2, 3, 16, 16)),
+    (dict(), (1, 3, 6, 10)),  # not square, one level halved
+    (dict(multipliers=(1,), head_width=16), (2, 3, 5, 5)),
+    (dict(multipliers=(1, 1, 2, 2), blocks=2), (2, 3, 8, 8)),
+    (dict(channels=4), (2, 4, 8, 8)),
+    (dict(patch=2), (2, 3, 16, 16)),
+])
+def test_the_answer_has_the_shape_of_the_image(changes, shape):
+    config = UNetConfig(**{**SMALL, **changes})
+    assert shape[2] % config.size_multiple == 0
+    output = randomised(UNet(config))(noise(*shape), torch.arange(shape[0]))
+    assert output.shape == shape and output.isfinite().all() and output.std() > 0
+
+
+def test_a_patch_is_one_position():
+    """Patch 2 is the same network on images of half the side with four times the channels."""
+    coarse, fine = UNet(UNetConfig(**SMALL, channels=12)), UNet(UNetConfig(**SMALL, patch=2))
+    assert fine.config.size_multiple == 2 * coarse.config.size_multiple
+    coarse, fine = randomised(coarse), randomised(fine)
+    x, t = noise(2, 3, 16, 16), torch.tensor([3, 700])
+    torch.testing.assert_close(F.pixel_unshuffle(fine(x, t), 2), coarse(F.pixel_unshuffle(x, 2), t))
+
+
+def test_a_fresh_network_answers_zero():
+    assert UNet(UNetConfig(**SMALL))(noise(2, 3, 8, 8), torch.tensor([0, 9])).count_nonzero() == 0
+
+
+def test_images_of_a_batch_do_not_see_each_other_and_see_their_own_timestep():
+    model, x, t = randomised(UNet(UNetConfig(**SMALL))), noise(3, 3, 8, 8), torch.tensor([0, 400, 999])
+    together = model(x, t)
+    for i in range(3):
+        torch.testing.assert_close(together[[i]], model(x[[i]], t[[i]]))
+    assert (together - model(x, t.flip(0))).abs()[[0, 2]].max() > 0.01
+
+
+def test_augmentation_is_heard_and_costs_no_parameter():
+    model, x, t = randomised(UNet(UNetConfig(**SMALL))), noise(2, 3, 8, 8), torch.tensor([5, 900])
+    plain = model(x, t)
+    assert model(x, t, torch.zeros(2, 5)).equal(plain)
+    answers = [plain] + [model(x, t, sign * torch.eye(5)[[i, i]]) for i in range(5) for sign in (1, -1)]
+    for i, a in enumerate(answers):
+        for b in answers[:i]:
+            assert (a - b).abs().max() > 1e-3  # each way to augment is told apart from each other one
+    sizes = {count_parameters(UNet(UNetConfig(**SMALL, augment_dim=dim))) for dim in (0, 5, 11)}
+    assert len(sizes) == 1
+    assert not any("augment" in name for name in model.state_dict())
+
+
+def test_augmentation_waves_are_orthogonal_and_as_loud_as_the_timestep():
+    waves = UNet(UNetConfig(**{**SMALL, "width": 64, "head_width": 64})).augment_waves
+    torch.testing.assert_close(waves @ waves.T, 32 * torch.eye(5), rtol=0, atol=1e-4)
+    norms = timestep_embedding(torch.arange(1000), 64).square().sum(1)
+    torch.testing.assert_close(norms, torch.full((1000,), 32.0))
+
+
+def test_timestep_embedding_is_cosines_then_sines():
+    t = torch.tensor([0, 1, 17, 999])
+    frequencies = torch.tensor([10000 ** (-i / 32) for i in range(32)], dtype=torch.float64)
+    angles = t[:, None].double() * frequencies
+    expected = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    torch.testing.assert_close(timestep_embedding(t, 64), expected, rtol=0, atol=2e-4)  # float32 angles to 999
+
+
+def test_attention_against_an_explicit_softmax():
+    module, x = randomised(Attention(32, UNetConfig(groups=4, head_width=8))), noise(2, 32, 3, 5)
+    flat = module.qkv(F.group_norm(x, 4, module.norm.weight, module.norm.bias)).flatten(2)  # [2, 96, 15]
+    heads = []
+    for first in range(0, 32, 8):
+        q, k, v = (flat[:, part * 32 + first : part * 32 + first + 8] for part in range(3))
+        scores = torch.einsum("bcq,bck->bqk", q, k) / 8**0.5
+        weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        heads.append(torch.einsum("bqk,bck->bcq", weights, v))
+    expected = x + module.out(torch.cat(heads, dim=1).view_as(x))
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("c_in", [8, 12])
+def test_residual_block_scales_then_shifts(c_in):
+    block, x, emb = randomised(ResBlock(c_in, 8, 10, UNetConfig(groups=4))), noise(2, c_in, 4, 4), noise(2, 10)
+    h = F.conv2d(F.silu(F.group_norm(x, 4, block.norm_1.weight, block.norm_1.bias)),
+                 block.conv_1.weight, block.conv_1.bias, padding=1)
+    told = F.linear(emb, block.scale_shift.weight, block.scale_shift.bias)[:, :, None, None]
+    h = F.group_norm(h, 4, block.norm_2.weight, block.norm_2.bias) * (1 + told[:, :8]) + told[:, 8:]
+    h = F.conv2d(F.silu(h), block.conv_2.weight, block.conv_2.bias, padding=1)
+    shortcut = x if c_in == 8 else F.conv2d(x, block.shortcut.weight)
+    torch.testing.assert_close(block(x, emb), shortcut + h, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_acts_in_training_alone():
+    model, x, t = randomised(UNet(UNetConfig(**SMALL, dropout=0.5))), noise(1, 3, 8, 8), torch.tensor([3])
+    assert model(x, t).equal(model(x, t))
+    model.train()
+    assert not model(x, t).equal(model(x, t))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = randomised(UNet(UNetConfig(**SMALL)))
+    model(noise(2, 3, 8, 8), torch.tensor([3, 800]), noise(2, 5)).square().mean().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(width=0), dict(blocks=0), dict(channels=0), dict(patch=0), dict(groups=0), dict(head_width=0),
+    dict(multipliers=(1, 0)), dict(width=40), dict(width=15, groups=15, head_width=15), dict(head_width=60),
+    dict(dropout=1.0), dict(dropout=-0.1),
+])
+def test_impossible_networks_are_refused(wrong):
+    with pytest.raises(ValueError):
+        UNetConfig(**wrong)
