@@ -217,7 +217,7 @@ class ShuffledBatches(Sampler):
         """The `batch_size` image indices of `step`, counted from 0 at the start of the run."""
         epoch, k = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(seed_from(self.seed, epoch))
+            generator = torch.Generator().manual_seed(seed_from(self.seed, epoch, stream="order"))
             self._order = (epoch, torch.randperm(self.num_images, generator=generator))
         positions = torch.arange(k * self.batch_size, (k + 1) * self.batch_size) % self.num_images
         return self._order[1][positions].tolist()

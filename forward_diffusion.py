@@ -142,14 +142,16 @@ def _unknown_prediction(prediction: str) -> ValueError:
     return ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(PREDICTIONS)}")
 
 
-def seed_from(*integers: int) -> int:
-    """Hash integers (a run's seed, a step, an image, ...) into one 63-bit seed; any difference gives another stream.
+def seed_from(*integers: int, stream: str = "") -> int:
+    """Hash integers (a run's seed, a step, ...) and a stream's name into one 63-bit seed; any difference gives another.
 
     Everything random is drawn from where it stands (run, step, image) and not from what was drawn before it, so a
-    resumed run, or one with more workers, sees the same numbers.
+    resumed run, or one with more workers, sees the same numbers. The stream ("order", "noise", ...) keeps apart uses
+    whose integers can be the same.
     """
     # SeedSequence takes 32-bit words and ignores zeros at the end: so two words each, and their number in front.
     words = [len(integers)] + [int(i) >> shift & 0xFFFFFFFF for i in integers for shift in (0, 32)]
+    words += stream.encode()
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -172,7 +174,7 @@ def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> No
             axis.set_yticks([])
             axis.set_title(f"t = {t}", fontsize=9)
         axes[row][0].set_ylabel(schedule)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -194,7 +196,7 @@ def draw_schedules(path: Path) -> None:
         axis.legend()
     axes[0].set_yscale("log")
     axes[2].set_yscale("log")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

@@ -121,7 +121,7 @@ def _noise_source(x_T: torch.Tensor, seeds: Sequence[int] | None) -> Callable[[]
     if len(seeds) != len(x_T):
         raise ValueError(f"{len(seeds)} seeds for {len(x_T)} images")
     # Not seeded with the seed itself, which made x_T: the first step's noise would be x_T over again.
-    generators = [torch.Generator().manual_seed(seed_from(seed, 1)) for seed in seeds]
+    generators = [torch.Generator().manual_seed(seed_from(seed, stream="steps")) for seed in seeds]
 
     def draw() -> torch.Tensor:
         noise = [torch.randn(x_T.shape[1:], generator=generator, dtype=x_T.dtype) for generator in generators]

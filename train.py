@@ -125,7 +125,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     outputs, checkpoints = run_folder("outputs", asdict(config)), run_folder("checkpoints", asdict(config))
 
     # The network, its moving average, and the two things that change them.
-    torch.manual_seed(seed_from(config.seed))
+    torch.manual_seed(seed_from(config.seed, stream="weights"))
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, patch=config.patch,
         groups=config.groups, head_width=min(64, config.width * config.multipliers[-1]), dropout=config.dropout,
@@ -183,7 +183,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
     for images in loader_of(step, last_step):
         # All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly.
-        generator.manual_seed(seed_from(config.seed, step))
+        generator.manual_seed(seed_from(config.seed, step, stream="step"))
         x_0, told = augment(images.to(device, non_blocking=True), generator, config.augment)
         t = draw_timesteps(len(x_0), config.timesteps, generator)
         noise = torch.randn(x_0.shape, generator=generator, device=device)
@@ -245,10 +245,10 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
-    """Random timesteps [B], each uniform on 0 ... T-1, but spread evenly over the batch.
+    """Random timesteps [B] in 0 ... T-1, spread evenly over the batch: one in each of B equal parts of the range.
 
-    One in each of B equal parts of the range, in the manner of Kingma et al. (2021), appendix I.1: the mean of the
-    loss stays what it is, and its variance falls.
+    Since images come in random order, each one's timestep is still uniform and the mean of the loss stays what it is;
+    its variance falls (in the manner of Kingma et al. 2021, whose parts share one random offset).
     """
     u = torch.rand(batch_size, generator=generator, device=generator.device)
     u = (torch.arange(batch_size, device=generator.device) + u) / batch_size

@@ -1,0 +1,450 @@
+"""train.py and generate.py as people use them: through their command lines, in a folder of their own.
+
+Most tests call main() in this process, since a new one takes seconds to import torch. A few start the real command.
+"""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import train
+from checkpoint import load_checkpoint, save_checkpoint
+from forward_diffusion import seed_from
+from unet import UNet, UNetConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--data critters --num_critters 8 --image_size 16 --width 8 --groups 4 --multipliers 1 2 --blocks 1 --epochs 3 "
+        "--batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32").split()
+FEW_STEPS = "--device cpu --precision fp32 --steps 3".split()
+
+
+def call(script, *flags) -> int | str | None:
+    """What `python SCRIPT FLAGS` exits with: a status, or the line that Python prints to stderr for status 1."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        try:
+            script.main()
+        except SystemExit as stopped:
+            return stopped.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return 0
+
+
+def shell(script: str, *flags, **more) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, ROOT / script, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **more)
+
+
+def assert_one_line(code: int | str | None, capsys, *words: str) -> None:
+    """The script ended with one line on stderr, beginning "error:" and holding these words."""
+    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
+    assert all(word in code for word in words), code
+    assert capsys.readouterr().err == ""  # Python prints the code; nothing else was
+
+
+def metrics(name: str = "metrics.csv") -> list[dict]:
+    with Path("outputs", name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_run(ours: dict, theirs: dict) -> None:
+    """Two checkpoints hold the same weights and averages, to the last bit, at the same step, after the same losses."""
+    assert ours["step"] == theirs["step"]
+    for part in ("ema", "model"):
+        assert all(ours[part][name].equal(theirs[part][name]) for name in theirs[part]), f"{part} differs"
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert {**row, "images_per_second": 0} == {**other, "images_per_second": 0}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder in which a tiny training of 3 epochs, 6 steps, was run."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(train, *TINY, "--milestone_every", 2, "--sample_every", 1) == 0
+    return folder
+
+
+def pictures(folder: str) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).iterdir())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# train.py
+
+
+def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    assert sorted(os.listdir("outputs")) == [*(f"generated_epoch_000{i}.png" for i in (1, 2, 3)), "loss.png", "metrics.csv"]
+    assert sorted(os.listdir("checkpoints")) == ["epoch_0002.pt", "final_model.pt", "latest.pt"]
+    assert Image.open("outputs/generated_epoch_0003.png").size == (2 * 16 + 3 * 2, 2 * 16 + 3 * 2)
+    assert Image.open("outputs/loss.png").size[0] > 400
+    rows = metrics()
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
+    assert all(0 < float(row["loss"]) < 3 and float(row["images_per_second"]) > 0 for row in rows)
+    assert load_checkpoint("checkpoints/epoch_0002.pt")["step"] == 4
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == 6
+
+
+def test_the_first_loss_is_that_of_the_answer_zero():
+    """A new network answers 0, so its loss for eps is the mean square of the noise: 1, give or take 0.026 x 3.5."""
+    assert call(train, *TINY, "--num_critters", 4, "--image_size", 16, "--epochs", 1) == 0
+    assert float(metrics()[0]["loss"]) == pytest.approx(1, abs=0.09)
+
+
+@pytest.mark.parametrize("prediction, epochs, allowance", [("v", 120, 25), ("x0", 60, 10)])
+def test_training_and_sampling_together_learn_a_colour(prediction, epochs, allowance):
+    """Four pictures of one colour: what is sampled must have it. Measured: within 15 levels of 255 for v, 3 for x0."""
+    colour = (230, 60, 140)
+    Path("flat").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), colour).save(f"flat/{i}.png")
+    flags = ("--data flat --image_size 8 --width 16 --groups 4 --multipliers 1 --blocks 1 --batch_size 16 --augment none "
+             "--lr 3e-3 --lr_schedule cosine --warmup_steps 10 --ema_decay 0.95 --schedule cosine --num_samples 1 "
+             "--sample_steps 1 --device cpu --precision fp32").split()
+    assert call(train, *flags, "--prediction", prediction, "--epochs", epochs, "--sample_every", epochs) == 0
+    for sampler in ("ddpm", "ddim"):
+        assert call(generate, "--num_images", 8, "--sampler", sampler, "--steps", 50, "--device", "cpu", "--precision",
+                    "fp32", "--individual", "--output", f"{sampler}.png") == 0
+        found = np.stack(list(pictures(sampler).values())).mean(axis=(0, 1, 2))
+        assert np.abs(found - colour).max() < allowance
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(trained):
+    for seed in (0, 1):
+        assert call(train, *TINY, "--seed", seed, "--run_name", f"seed{seed}") == 0
+    theirs = load_checkpoint(trained / "checkpoints/latest.pt")
+    assert_same_run(load_checkpoint("checkpoints/seed0/latest.pt"), theirs)
+    other = load_checkpoint("checkpoints/seed1/latest.pt")["ema"]
+    assert not any(other[name].equal(theirs["ema"][name]) for name in other if name.endswith("conv_1.weight"))
+    assert Path("outputs/seed1/metrics.csv").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dropout", "0.3"], ["--lr_schedule", "cosine", "--warmup_steps", "4"]],
+                         ids=["plain", "dropout", "lr"])
+def test_a_resumed_run_is_the_uninterrupted_one(trained, more):
+    if more:
+        assert call(train, *TINY, *more, "--run_name", "whole") == 0
+        whole = load_checkpoint("checkpoints/whole/latest.pt")
+    else:
+        whole = load_checkpoint(trained / "checkpoints/latest.pt")
+    assert call(train, *TINY, *more, "--max_steps", 3) == 0  # in the middle of the second epoch
+    assert load_checkpoint("checkpoints/latest.pt")["step"] == 3
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    assert_same_run(load_checkpoint("checkpoints/latest.pt"), whole)
+    assert [float(row["loss"]) for row in metrics()] == [row["loss"] for row in whole["history"]]
+    final, ema = load_checkpoint("checkpoints/final_model.pt")["ema"], whole["ema"]
+    assert all(final[name].equal(ema[name]) for name in ema)
+
+
+def test_a_run_can_be_made_longer(trained):
+    assert call(train, *TINY, "--epochs", 2) == 0
+    assert call(train, "--resume", "--epochs", 3) == 0
+    assert_same_run(load_checkpoint("checkpoints/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, capsys, number, code):
+    calls, draw = [], train.draw_timesteps
+
+    def draw_and_interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return draw(*args)
+
+    monkeypatch.setattr(train, "draw_timesteps", draw_and_interrupt)
+    assert call(train, *TINY, "--run_name", "mine") == code
+    assert "stopped at step 3 of 6" in capsys.readouterr().out
+    assert call(train, "--resume", "--run_name", "mine") == 0
+    assert len(calls) == 6  # no step was made twice
+    assert_same_run(load_checkpoint("checkpoints/mine/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT to send")
+def test_ctrl_c_on_the_real_command(tmp_path):
+    with shell("train.py", *TINY, "--epochs", "1000000", "--sample_every", "1000000", cwd=tmp_path) as process:
+        deadline = time.monotonic() + 120
+        while not (Path("outputs/metrics.csv").exists() and len(metrics()) > 1):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume" in out and "Traceback" not in err
+    step = load_checkpoint("checkpoints/latest.pt")["step"]
+    assert call(train, "--resume", "--max_steps", step + 1) == 0
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == step + 1
+
+
+def test_the_average_follows_the_weights():
+    torch.manual_seed(seed_from(0))
+    start = UNet(UNetConfig(width=8, multipliers=(1, 2), blocks=1, groups=4, head_width=16)).state_dict()
+    assert call(train, *TINY, "--max_steps", 1) == 0
+    after = load_checkpoint("checkpoints/latest.pt")
+    for name, weight in after["model"].items():  # the first decay is 1/10, whatever --ema_decay is
+        torch.testing.assert_close(after["ema"][name], 0.1 * start[name] + 0.9 * weight, rtol=1e-4, atol=1e-6)
+    assert not all(weight.equal(start[name]) for name, weight in after["model"].items())
+    assert call(train, *TINY, "--max_steps", 3, "--ema_decay", 0) == 0
+    after = load_checkpoint("checkpoints/latest.pt")
+    assert all(after["ema"][name].equal(weight) for name, weight in after["model"].items())
+
+
+@pytest.mark.parametrize("batch_size, num_timesteps", [(1, 10), (7, 10), (16, 1000), (50, 20)])
+def test_timesteps_are_uniform_and_spread_over_the_batch(batch_size, num_timesteps):
+    generator, batches = torch.Generator().manual_seed(0), 40_000 // batch_size
+    t = torch.stack([train.draw_timesteps(batch_size, num_timesteps, generator) for _ in range(batches)])
+    assert t.dtype == torch.int64 and t.min() == 0 and t.max() == num_timesteps - 1
+    part = torch.arange(batch_size)
+    assert (t >= part * num_timesteps // batch_size).all()
+    assert (t <= (part + 1) * num_timesteps / batch_size).all()
+    counts = torch.bincount(t.flatten(), minlength=num_timesteps).double()
+    expected = t.numel() / num_timesteps
+    assert (counts > 0).all() and (counts - expected).abs().max() < 5 * expected**0.5
+
+
+def test_timesteps_stay_in_range_when_float32_rounds_up(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert train.draw_timesteps(64, 1000, torch.Generator()).max() == 999
+
+
+def test_learning_rate():
+    config = train.Config(lr=0.1, warmup_steps=4)
+    assert [train.learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(
+        [0.025, 0.05, 0.1, 0.1, 0.1])
+    config = train.Config(lr=0.1, lr_schedule="cosine")
+    assert [train.learning_rate(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0])
+    assert 0 < train.learning_rate(config, 99, 100) < 1e-4
+
+
+def test_presets_and_flags(monkeypatch):
+    configs = []
+    monkeypatch.setattr(train, "train", lambda config, checkpoint: configs.append(config))
+    for flags in [], ["--preset", "quick"], ["--width", 64, "--preset", "quick", "--lr", "5e-4", "--multipliers", 1, 4]:
+        assert call(train, *flags) == 0
+    reference, quick, changed = configs
+    network = {name: value for name, value in asdict(UNetConfig()).items() if hasattr(reference, name)}
+    assert {name: getattr(reference, name) for name in network} == network and len(network) > 4
+    assert (reference.timesteps, reference.schedule, reference.prediction) == (1000, "linear", "eps")
+    assert (quick.data, quick.image_size, quick.width, quick.prediction) == ("critters", 32, 32, "v")
+    assert changed == train.Config(**{**asdict(quick), "width": 64, "lr": 5e-4, "multipliers": (1, 4)})
+
+
+def test_help_has_every_setting_and_its_default(capsys):
+    assert call(train, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for setting in fields(train.Config):
+        assert f"--{setting.name} " in text
+    assert text.count("(default:") == len(fields(train.Config)) + 1  # and the preset's
+
+
+def test_without_the_pokemon_it_says_so_and_trains_on_critters(capsys):
+    Path("data/pokemon_jpg").mkdir(parents=True)
+    assert call(train, *TINY, "--data", "data/pokemon_jpg", "--max_steps", 1) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data/pokemon_jpg/ has no images" in said and "training on critters" in said
+    assert "kaggle.com/datasets/kvpratama/pokemon-images-dataset" in said
+    assert load_checkpoint("checkpoints/final_model.pt")["config"]["data"] == "critters"
+
+
+def test_a_corrupt_file_is_named_and_left_out(capsys):
+    Path("mine").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 24), (80 * i, 90, 200)).save(f"mine/good{i}.png")
+    Path("mine/torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    assert call(train, *TINY, "--data", "mine", "--max_steps", 1) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.err.splitlines() if line.startswith("warning:") and "torn.jpg" in line]
+    assert "images     3 of 16 x 16" in captured.out
+
+
+def test_a_full_disk_ends_with_one_line_that_says_where(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code = call(train, *TINY, "--max_steps", 1)
+    assert code.startswith("error: ") and "No space left" in code and "checkpoints" in code and "\n" not in code
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "empty"], ["empty"]),
+    (["--data", "broken"], ["broken"]),
+    (["--image_size", "31"], ["--image_size", "multiple of 2", "31"]),
+    (["--image_size", "0"], ["--image_size"]),
+    (["--batch_size", "0"], ["--batch_size"]),
+    (["--epochs", "0"], ["--epochs"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--ema_decay", "1"], ["--ema_decay"]),
+    (["--dropout", "1"], ["dropout"]),
+    (["--timesteps", "1"], ["timesteps"]),
+    (["--width", "30"], ["30"]),
+    (["--multipliers", "0"], ["at least 1"]),
+    (["--device", "nosuch"], ["nosuch"]),
+    (["--data", "mine", "--run_name", "mine"], ["outputs"]),  # where a file is in the way
+    (["--resume"], ["checkpoints/latest.pt"]),
+])
+def test_train_refuses_in_one_line(flags, words, capsys):
+    for folder in ("empty", "broken", "mine"):
+        Path(folder).mkdir()
+    Path("broken/a.png").write_bytes(b"not a picture")
+    Image.new("RGB", (16, 16)).save("mine/a.png")
+    if "mine" in flags:
+        Path("outputs").write_text("a file")
+    code = call(train, *(flags if "--resume" in flags else [*TINY, *flags]))
+    if "broken" in flags:
+        assert "warning: left out broken/a.png" in capsys.readouterr().err
+    assert_one_line(code, capsys, *words)
+    assert not Path("checkpoints").exists()
+
+
+def test_the_reference_network_refuses_sizes_that_it_cannot_halve(capsys):
+    assert_one_line(call(train, "--data", "critters", "--image_size", 30, "--device", "cpu"), capsys, "multiple of 8", "30")
+
+
+@pytest.mark.parametrize("script, flags", [
+    (train, ["--schedule", "foo"]), (train, ["--preset", "foo"]), (train, ["--prediction", "foo"]),
+    (train, ["--batch_size", "many"]), (train, ["--no_such_flag", "1"]),
+    (generate, ["--steps", "0"]), (generate, ["--num_images", "0"]), (generate, ["--seed", "-1"]),
+    (generate, ["--sampler", "foo"]), (generate, ["--output", "picture.txt"]),
+])
+def test_a_value_that_no_flag_takes(script, flags, capsys):
+    assert call(script, *flags) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"{script.__name__}.py: error:") and flags[0] in last
+
+
+def test_resume_refuses_another_configuration(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = Path("checkpoints/latest.pt").read_bytes()
+    for flags in ["--lr", "0.5"], ["--width", "16"], ["--multipliers", "1", "2", "2"], ["--seed", "1"]:
+        assert_one_line(call(train, "--resume", *flags), capsys, flags[0])
+    assert call(train, "--resume", "--lr", "1e-4", "--multipliers", 1, 2) == 0  # what the run has may be said again
+    assert "nothing to do" in capsys.readouterr().out
+    assert Path("checkpoints/latest.pt").read_bytes() == before
+
+
+def test_resume_refuses_a_file_that_is_not_for_resuming(trained, capsys):
+    """final_model.pt has no optimizer; somebody renamed it."""
+    Path("checkpoints").mkdir()
+    Path("checkpoints/latest.pt").write_bytes((trained / "checkpoints/final_model.pt").read_bytes())
+    assert_one_line(call(train, "--resume", "--epochs", 4), capsys, "latest.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# generate.py
+
+
+@pytest.fixture
+def final(trained) -> Path:
+    return trained / "checkpoints/final_model.pt"
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_seed_gives_its_picture_whatever_the_batch(final, sampler):
+    """Within one level of 255: the order of additions in a convolution may depend on the size of its batch."""
+    flags = [*FEW_STEPS, "--checkpoint", final, "--sampler", sampler, "--eta", 0.5, "--individual"]
+    assert call(generate, *flags, "--seed", 3, "--num_images", 5, "--output", "five.png") == 0
+    assert call(generate, *flags, "--seed", 3, "--num_images", 5, "--batch_size", 2, "--output", "twos.png") == 0
+    assert call(generate, *flags, "--seed", 5, "--num_images", 1, "--output", "alone.png") == 0
+    five, twos, alone = pictures("five"), pictures("twos"), pictures("alone")
+    assert list(five) == list(twos) == [f"seed_{seed:06d}.png" for seed in range(3, 8)]
+    assert list(alone) == ["seed_000005.png"]
+    assert all(np.abs(five[name] - twos[name]).max() <= 1 for name in five)
+    assert np.abs(five["seed_000005.png"] - alone["seed_000005.png"]).max() <= 1
+    assert np.abs(five["seed_000005.png"] - five["seed_000006.png"]).max() > 20
+
+
+def test_the_same_command_writes_the_same_bytes(final):
+    for name in ("a.png", "b.png"):
+        assert call(generate, *FEW_STEPS, "--checkpoint", final, "--num_images", 2, "--output", name) == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+@pytest.mark.parametrize("scale", [1, 3])
+def test_the_grid_is_made_of_the_pictures(final, scale):
+    assert call(generate, *FEW_STEPS, "--checkpoint", final, "--num_images", 5, "--individual", "--scale", scale) == 0
+    grid = np.asarray(Image.open("outputs/generated.png")).astype(int)
+    side, gap = 16 * scale, 2 * scale
+    assert grid.shape == (2 * side + 3 * gap, 3 * side + 4 * gap, 3)  # five in rows of three
+    for i, picture in enumerate(pictures("outputs/generated").values()):
+        top, left = (gap + i // 3 * (side + gap)), (gap + i % 3 * (side + gap))
+        np.testing.assert_array_equal(grid[top : top + side, left : left + side], picture)
+        np.testing.assert_array_equal(picture, picture[::scale, ::scale].repeat(scale, 0).repeat(scale, 1))
+    assert (grid[:gap] == 255).all()
+
+
+def test_without_a_checkpoint_the_newest_is_taken(final, capsys):
+    for name, written in ("a/old.pt", 100), ("b/new.pt", 300), ("middle.pt", 200):
+        path = Path("checkpoints", name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(final.read_bytes())
+        os.utime(path, (written, written))
+    assert call(generate, *FEW_STEPS, "--num_images", 1) == 0
+    assert f"{Path('checkpoints/b/new.pt')}:" in capsys.readouterr().out
+
+
+def test_the_average_is_what_is_sampled(final):
+    """Other plain weights change nothing; another average does."""
+    content = load_checkpoint(final)
+    save_checkpoint("model.pt", **{**content, "model": {}})
+    save_checkpoint("ema.pt", **{**content, "ema": {name: 2 * p for name, p in content["ema"].items()}})
+    for path in (final, "model.pt", "ema.pt"):
+        call(generate, *FEW_STEPS, "--checkpoint", path, "--num_images", 1, "--output", f"{Path(path).stem}.png")
+    assert Path("final_model.png").read_bytes() == Path("model.png").read_bytes() != Path("ema.png").read_bytes()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--checkpoint", "missing.pt"], ["missing.pt"]),
+    (["--checkpoint", "cut.pt"], ["cut.pt"]),
+    (["--checkpoint", "theirs.pt"], ["theirs.pt"]),
+    ([], ["checkpoints"]),
+    (["--checkpoint", "good.pt", "--steps", "5000"], ["--steps", "50", "5000"]),
+    (["--checkpoint", "good.pt", "--device", "nosuch"], ["nosuch"]),
+])
+def test_generate_refuses_in_one_line(final, flags, words, capsys):
+    whole = final.read_bytes()
+    Path("good.pt").write_bytes(whole)
+    Path("cut.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"state_dict": {"w": torch.ones(2)}}, "theirs.pt")
+    assert_one_line(call(generate, *flags), capsys, *words)
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("flags, word", [
+    (["--eta", "2"], "eta"), (["--seed", str(2**70)], "seed"), (["--output", "good.pt/grid.png"], "good.pt"),
+])
+def test_generate_refuses_late_but_without_a_traceback(final, flags, word):
+    Path("good.pt").write_bytes(final.read_bytes())
+    code = call(generate, *FEW_STEPS, "--checkpoint", "good.pt", "--num_images", 1, *flags)
+    assert isinstance(code, str) and code.startswith("error: ") and word in code and "\n" not in code
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("train.py", [*TINY, "--data", "nowhere"]), ("generate.py", ["--checkpoint", "nowhere.pt"]),
+])
+def test_the_real_command_prints_the_line_and_fails(tmp_path, script, flags):
+    with shell(script, *flags, cwd=tmp_path) as process:
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.startswith("error: ") and err.count("\n") == 1 and "nowhere" in err
