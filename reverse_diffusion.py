@@ -44,7 +44,8 @@ def sample(
         seeds: one integer an image; the noise added to an image then depends on its own seed alone, whatever the
             batch around it. None: noise from torch's global generator.
         clip: keep each predicted clean image within [-1, 1]; eps is derived again from what was kept. Without it the
-            errors of an eps network at large t, multiplied by up to 157, end as black or garish pictures.
+            errors of an eps network at large t (multiplied by up to 157 on the linear schedule, and more on the cosine
+            one) end as black or garish pictures.
         callback: called after each step with (step number from 0, x_t, predicted x_0).
 
     Returns:

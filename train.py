@@ -157,6 +157,9 @@ def train(config: Config, checkpoint: dict | None) -> None:
     print(f"images     {len(dataset):,} of {config.image_size} x {config.image_size}, augmentation: {config.augment}")
     print(f"training   {config.epochs:,} epochs of {steps_per_epoch:,} steps of {config.batch_size} images; "
           f"grids in {outputs}/, weights in {checkpoints}/")
+    if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
+        print(f"warning: after {config.timesteps} timesteps of the linear schedule some of the image is left, but sampling "
+              f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
     if step >= last_step:
         print("nothing to do: the run has reached its end; raise --epochs to go on")
         return
