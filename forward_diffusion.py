@@ -19,6 +19,7 @@ import torch
 
 SCHEDULES = ("linear", "cosine")
 PREDICTIONS = ("eps", "v", "x0")
+LOSS_WEIGHTINGS = ("uniform", "min_snr")
 
 
 class NoiseScheduler:
@@ -103,6 +104,24 @@ class NoiseScheduler:
             signal, sigma = self._coefficients(t, x_0)
             return signal * noise - sigma * x_0
         raise _unknown_prediction(prediction)
+
+    def loss_weight(self, weighting: str, prediction: str, t: torch.Tensor, gamma: float = 5.0) -> torch.Tensor:
+        """What each image's squared error of the network's output counts, float32 [B].
+
+        "uniform" is the simple loss of Ho et al. (2020, eq. 14): always 1. "min_snr" makes the error of the clean image
+        count min(SNR, gamma) (Hang et al. 2023, with their gamma of 5), whatever the network predicts: the nearly clean
+        images, where there is least to learn, no longer outweigh the rest.
+        """
+        if prediction not in PREDICTIONS:
+            raise _unknown_prediction(prediction)
+        if weighting == "uniform":
+            return torch.ones(len(t), device=t.device)
+        if weighting != "min_snr":
+            raise ValueError(f"unknown loss weighting {weighting!r}: choose one of {', '.join(LOSS_WEIGHTINGS)}")
+        signal, sigma = self._coefficients(t, torch.empty(len(t), device=t.device))
+        snr = (signal / sigma) ** 2
+        of_x_0 = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[prediction]  # what 1 would make of it
+        return snr.clamp(max=gamma) / of_x_0
 
     def to_x_0(self, prediction: str, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """The clean image that the network's `output` at x_t stands for, not clipped."""

@@ -31,7 +31,7 @@ def main() -> None:
         precision = pick_precision(args.precision, device)
         checkpoint = args.checkpoint or newest_checkpoint()
         model, scheduler, config = load_model(checkpoint, device)
-        sampler, steps = choose_sampler(args.sampler, args.steps, device, scheduler.num_timesteps)
+        sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
         print(f"{checkpoint}: {args.num_images} images of {config['image_size']} x {config['image_size']}, "
               f"{sampler} in {steps} steps, on {describe(device)}, {precision}")
         images = generate(model, scheduler, config, sampler, steps, args, device, precision)
@@ -42,13 +42,14 @@ def main() -> None:
         sys.exit(f"error: {error.strerror or error}: {error.filename or ''}")
 
 
-def choose_sampler(sampler: str | None, steps: int | None, device: torch.device, num_timesteps: int) -> tuple[str, int]:
-    """The sampler and its steps: the whole reverse process, but on a CPU, where it takes minutes, its short form."""
-    if sampler is None:
-        short = device.type == "cpu" or (steps is not None and steps < num_timesteps)
-        sampler = "ddim" if short else "ddpm"
-    if steps is None:
-        steps = num_timesteps if sampler == "ddpm" else min(50, num_timesteps)
+def choose_sampler(args, config: dict, device: torch.device, num_timesteps: int) -> tuple[str, int]:
+    """The sampler and its steps: the whole reverse process, but on a CPU, where it takes minutes, that of the grids
+    which training drew."""
+    sampler, steps = args.sampler, args.steps
+    if sampler is None and steps is None and device.type == "cpu":
+        sampler, steps = config["sampler"], min(config["sample_steps"], num_timesteps)
+    sampler = sampler or "ddpm"
+    steps = steps or (num_timesteps if sampler == "ddpm" else min(50, num_timesteps))
     if steps > num_timesteps:
         raise ValueError(f"--steps must be in 1 ... {num_timesteps} for this checkpoint, not {steps}")
     return sampler, steps
@@ -94,10 +95,10 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Generate images from a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, help="file of weights (default: the newest in checkpoints/)")
     parser.add_argument("--num_images", type=positive, default=64, help="how many images (default: 64)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm: the whole reverse process; ddim: its short form "
-                        "(default: ddpm on a GPU, ddim on a CPU or with --steps)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm draws noise at each step, ddim none "
+                        "(default: ddpm; on a CPU without --steps, what training used for its grids)")
     parser.add_argument("--steps", type=positive, help="network passes an image, 1 to the checkpoint's timesteps "
-                        "(default: all for ddpm, 50 for ddim)")
+                        "(default: all for ddpm, 50 for ddim; on a CPU without --sampler, as many as training used)")
     parser.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds, 0 to 1 (default: 0)")
     parser.add_argument("--seed", type=natural, default=0, help="image i is drawn from seed + i (default: 0)")
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; less needs less memory "

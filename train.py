@@ -31,8 +31,8 @@ from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from critters import draw_critters
 from dataset import AUGMENT_MODES, DataError, ImageFolder, augment, find_images, make_loader
 from devices import PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
-from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
-from reverse_diffusion import sample, seeded_noise
+from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
+from reverse_diffusion import SAMPLERS, sample, seeded_noise
 from unet import UNet, UNetConfig, count_parameters
 
 POKEMON_FOLDER = "data/pokemon_jpg"
@@ -64,6 +64,8 @@ class Config:
     schedule: str = flag("linear", "how the noise grows over the timesteps", SCHEDULES)
     prediction: str = flag("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
 
+    loss_weighting: str = flag("uniform", "how the squared errors of the timesteps count", LOSS_WEIGHTINGS)
+
     epochs: int = flag(2000, "passes over the data")
     max_steps: int = flag(0, "stop after so many steps, 0: never")
     batch_size: int = flag(16, "images a step")
@@ -76,7 +78,8 @@ class Config:
 
     sample_every: int = flag(10, "epochs between sample grids and updates of the loss curve")
     num_samples: int = flag(16, "images in a sample grid")
-    sample_steps: int = flag(50, "DDIM steps of a sample grid")
+    sampler: str = flag("ddim", "how a sample grid is drawn", SAMPLERS)
+    sample_steps: int = flag(50, "network passes for a sample grid")
     milestone_every: int = flag(100, "epochs between checkpoints that are kept")
     save_every: float = flag(10.0, "minutes between saves of checkpoints/latest.pt")
 
@@ -92,14 +95,14 @@ PRESETS = {
     # makes minutes enough: no timestep multiplies the network's error (DIFFUSION_THEORY.md, "What to predict").
     "quick": dict(
         data="critters", image_size=32, augment="flip", width=32, multipliers=(1, 2, 2), blocks=1, groups=8,
-        schedule="cosine", prediction="v", epochs=40, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=100,
-        ema_decay=0.999, num_samples=64,
+        schedule="cosine", prediction="v", epochs=16, batch_size=16, lr=2.5e-3, lr_schedule="cosine", warmup_steps=100,
+        ema_decay=0.999, sampler="ddpm", sample_steps=100, sample_every=100, num_samples=64,
     ),
 }
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
-    "epochs", "max_steps", "sample_every", "num_samples", "sample_steps", "milestone_every", "save_every", "workers",
+    "epochs", "max_steps", "sample_every", "num_samples", "sampler", "sample_steps", "milestone_every", "save_every", "workers",
     "device", "precision", "run_name",
 }
 
@@ -194,7 +197,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
         with autocast(device, precision):
             output = model(x_t, t, told)
-        loss = F.mse_loss(output.float(), scheduler.target(config.prediction, x_0, t, noise))
+        error = F.mse_loss(output.float(), scheduler.target(config.prediction, x_0, t, noise), reduction="none")
+        loss = (error.mean(dim=(1, 2, 3)) * scheduler.loss_weight(config.loss_weighting, config.prediction, t)).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, config.clip_grad)
         for group in optimizer.param_groups:
@@ -268,14 +272,16 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
 def draw_samples(ema: UNet, scheduler: NoiseScheduler, config: Config, device: torch.device, precision: str):
     """Images [num_samples, 3, S, S], always from the same noise, so that one sees the same creature grow."""
     side = config.image_size
-    x_T = seeded_noise(range(config.num_samples), (3, side, side), device)
+    seeds = range(config.num_samples)
+    x_T = seeded_noise(seeds, (3, side, side), device)
 
     def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
             return ema(x_t.contiguous(memory_format=memory_format(device)), t)
 
-    images = [sample(network, scheduler, part, sampler="ddim", steps=min(config.sample_steps, config.timesteps),
-                     prediction=config.prediction) for part in x_T.split(64)]
+    images = [sample(network, scheduler, x_T[i : i + 64], sampler=config.sampler, seeds=seeds[i : i + 64],
+                     steps=min(config.sample_steps, config.timesteps), prediction=config.prediction)
+              for i in range(0, len(seeds), 64)]
     return torch.cat(images).float()
 
 
