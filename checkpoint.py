@@ -68,7 +68,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is truncated or not a PokeDiff checkpoint; use another file, or train again") from error
+        raise CheckpointError(f"{path} is truncated or not a PokeDiff checkpoint; choose another file") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not made by this PokeDiff (expected '{FORMAT}'); choose another file")
     return content

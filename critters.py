@@ -34,6 +34,7 @@ Mark = tuple[np.ndarray, Color]     # a shape painted on a part, cut off at the 
 WHITE, MOUTH, EYE, CHEEK = (255, 255, 255), (214, 66, 76), (255, 222, 92), (255, 96, 110)
 SUPERSAMPLE = 4     # draw this many times larger, then average: Pillow's polygons have no anti-aliasing of their own
 MARGIN = 0.055      # white on every side, as a share of the picture
+SMALL = 48           # in fewer pixels a creature is drawn bold: larger eyes; no spots, stripes or blush
 OUTLINE = 0.026     # width of the outline, as a share of the picture: about 1 px at 32, 2 px at 64
 
 
@@ -156,6 +157,7 @@ class Sketch:
     facing: int = 1                 # -1 where the picture is mirrored
     parts: list[tuple[int, list[np.ndarray], Color, list[Mark], bool]] = field(default_factory=list)
     head: tuple[float, float, float, float] = (0, 0, 1, 1)      # centre and radii
+    bold: bool = False              # too small for fine marks
     look: float = 0.0               # how far the face is turned, in radii of the head
     beak: bool = False
     tail: Point = (0, 0)            # where the tail starts
@@ -185,6 +187,8 @@ class Sketch:
     def pattern(self, x: float, y: float, rx: float, ry: float) -> list[Mark]:
         """Markings for a round part: stripes, spots, a pale muzzle or none."""
         kind, color = self.rng.integers(4), self.first.dark
+        if self.bold and kind < 2:
+            return []
         if kind == 0:
             return [(ellipse(x + k * rx * .5, y - ry, rx * .12, ry * .5, .2 * k), color) for k in (-1, 0, 1)]
         if kind == 1:
@@ -351,7 +355,9 @@ def draw_face(s: Sketch, ink: Color) -> None:
     x, y, rx, ry = s.head
     x, y = x + s.look * rx, y + ry * s.between(.02, .12)
     gap, w, h = rx * s.between(.42, .5), s.between(5.8, 7.2), s.between(8.0, 10.0)
-    happy, blush = s.rng.random() < .08, s.rng.random() < .7
+    happy, blush = s.rng.random() < .08, s.rng.random() < .7 and not s.bold
+    if s.bold:
+        w, h = 1.25 * w, 1.2 * h
     cheek = tuple((a + b) // 2 for a, b in zip(s.first.main, CHEEK))
     for side in (-1, 1):
         ex = x + side * gap
@@ -402,7 +408,8 @@ def draw_critter(index: int, image_size: int = 64, seed: int = 0,
     for t in types:
         by, p = (rng.uniform(-.012, .012), rng.uniform(.88, 1.08), rng.uniform(.9, 1.06)), PALETTES[t]
         palettes.append(Palette(shift(p.main, *by), shift(p.light, *by), shift(p.dark, *by), p.accent))
-    s = Sketch(rng, palettes[0], palettes[-1], facing=1 if rng.random() < .5 else -1, look=-rng.uniform(0, .2))
+    s = Sketch(rng, palettes[0], palettes[-1], facing=1 if rng.random() < .5 else -1, look=-rng.uniform(0, .2),
+               bold=image_size < SMALL)
     odds = np.array([3.0 if plan is plan_bird and "flying" in types else odd for plan, odd in PLANS.items()])
     list(PLANS)[rng.choice(len(PLANS), p=odds / odds.sum())](s)
 

@@ -207,7 +207,7 @@ def draw_schedules(path: Path) -> None:
         axes[0].plot(scheduler.betas, label=schedule)
         axes[1].plot(scheduler.alphas_cumprod, label=schedule)
         axes[2].plot(scheduler.snr(), label=schedule)
-    titles = ("β: noise added at each step", "ᾱ: share of the image's variance left", "ᾱ / (1 - ᾱ): signal-to-noise ratio")
+    titles = ("β: noise added at each step", "ᾱ: share of the image's variance left", "ᾱ / (1 - ᾱ): signal to noise")
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("t")

@@ -102,8 +102,8 @@ PRESETS = {
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
-    "epochs", "max_steps", "sample_every", "num_samples", "sampler", "sample_steps", "milestone_every", "save_every", "workers",
-    "device", "precision", "run_name",
+    "epochs", "max_steps", "sample_every", "num_samples", "sampler", "sample_steps", "milestone_every", "save_every",
+    "workers", "device", "precision", "run_name",
 }
 
 
@@ -143,8 +143,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
     # The data, and what will happen.
     dataset = load_images(config)
-    loader_of = lambda first, last: make_loader(dataset, config.batch_size, config.seed, first, last, config.workers)
-    steps_per_epoch = loader_of(0, 1).batch_sampler.steps_per_epoch
+    steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     last_step = min(total_steps, config.max_steps or total_steps)
     step, history, loss_sum = 0, [], torch.zeros((), device=device)
@@ -156,12 +155,13 @@ def train(config: Config, checkpoint: dict | None) -> None:
         loss_sum += checkpoint["loss_sum"].to(device)
         print(f"resuming at step {step:,} of {last_step:,}")
     print(f"device     {describe(device)}, {precision}")
-    print(f"network    {count_parameters(model):,} parameters, predicts {config.prediction}, {config.schedule} schedule")
+    print(f"network    {count_parameters(model):,} parameters, predicting {config.prediction} on the {config.schedule} "
+          f"schedule")
     print(f"images     {len(dataset):,} of {config.image_size} x {config.image_size}, augmentation: {config.augment}")
     print(f"training   {config.epochs:,} epochs of {steps_per_epoch:,} steps of {config.batch_size} images; "
           f"grids in {outputs}/, weights in {checkpoints}/")
     if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
-        print(f"warning: after {config.timesteps} timesteps of the linear schedule some of the image is left, but sampling "
+        print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
               f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
     if step >= last_step:
         print("nothing to do: the run has reached its end; raise --epochs to go on")
@@ -187,7 +187,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     started = saved = epoch_started = time.monotonic()
     first_step = step
 
-    for images in loader_of(step, last_step):
+    for images in make_loader(dataset, config.batch_size, config.seed, step, last_step, config.workers):
         # All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly.
         generator.manual_seed(seed_from(config.seed, step, stream="step"))
         x_0, told = augment(images.to(device, non_blocking=True), generator, config.augment)
@@ -231,7 +231,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
         if (in_epoch == 0 and epoch % config.sample_every == 0) or step == last_step:
             grid = draw_samples(ema, scheduler, config, device, precision)
             path = outputs / f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
-            save_image(grid, path, nrow=math.ceil(math.sqrt(len(grid))), normalize=True, value_range=(-1, 1), pad_value=1)
+            nrow = math.ceil(math.sqrt(len(grid)))
+            save_image(grid, path, nrow=nrow, normalize=True, value_range=(-1, 1), pad_value=1)
             draw_loss(outputs / "loss.png", history)
         if stop or step == last_step or time.monotonic() - saved > 60 * config.save_every:
             save_latest()
@@ -291,8 +292,8 @@ def load_images(config: Config) -> ImageFolder:
         try:
             find_images(config.data)
         except DataError:
-            print(f"{POKEMON_FOLDER}/ has no images: put those of {POKEMON_SOURCE} there, or name a folder with --data; "
-                  f"training on critters, the built-in creatures, for now")
+            print(f"{POKEMON_FOLDER}/ has no images: put those of {POKEMON_SOURCE} there, or name a folder with "
+                  f"--data; training on critters, the built-in creatures, for now")
             config.data = "critters"
     if config.data != "critters":
         return ImageFolder(config.data, config.image_size)

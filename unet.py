@@ -79,9 +79,9 @@ class UNet(nn.Module):
         widths, emb_width = config.widths, 4 * config.width
 
         self.time_mlp = nn.Sequential(nn.Linear(config.width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
-        # Augmentation is told through fixed waves added to the timestep's embedding, not through learned weights
-        # (Karras et al. 2022, appendix F.2, has a learned layer): no parameter is spent, the zero vector changes nothing,
-        # and the rows are orthogonal to each other and as loud as the timestep's own embedding (both have norm sqrt(width/2)).
+        # Augmentation is told through fixed waves added to the timestep's embedding, not through learned weights as in
+        # Karras et al. (2022), appendix F.2: no parameter is spent, the zero vector changes nothing, and the rows are
+        # orthogonal to each other and as loud as the timestep's own embedding (both have norm sqrt(width / 2)).
         row, column = torch.arange(config.augment_dim)[:, None] + 1, torch.arange(config.width)[None] + 0.5
         self.register_buffer("augment_waves", torch.cos(math.pi * row * column / config.width), persistent=False)
 

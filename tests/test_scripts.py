@@ -267,6 +267,16 @@ def test_without_the_pokemon_it_says_so_and_trains_on_critters(capsys):
     assert load_checkpoint("checkpoints/final_model.pt")["config"]["data"] == "critters"
 
 
+def test_a_grid_shows_the_same_noise_at_every_epoch(trained):
+    """Also for ddpm, which draws noise on the way, and for more images than go into one batch."""
+    content = load_checkpoint(trained / "checkpoints/final_model.pt")
+    config = train.Config(**{**content["config"], "sampler": "ddpm", "num_samples": 66})
+    zero, scheduler = (lambda x_t, t: 0 * x_t), train.NoiseScheduler(50)
+    first, again = (train.draw_samples(zero, scheduler, config, torch.device("cpu"), "fp32") for _ in range(2))
+    assert first.shape == (66, 3, 16, 16) and first.equal(again)
+    assert len({image.numpy().tobytes() for image in first}) == 66
+
+
 def test_a_corrupt_file_is_named_and_left_out(capsys):
     Path("mine").mkdir()
     for i in range(3):
@@ -434,12 +444,40 @@ def test_generate_refuses_in_one_line(final, flags, words, capsys):
 
 
 @pytest.mark.parametrize("flags, word", [
-    (["--eta", "2"], "eta"), (["--seed", str(2**70)], "seed"), (["--output", "good.pt/grid.png"], "good.pt"),
+    (["--eta", "2"], "eta"), (["--output", "good.pt/grid.png"], "good.pt"),
 ])
 def test_generate_refuses_late_but_without_a_traceback(final, flags, word):
     Path("good.pt").write_bytes(final.read_bytes())
     code = call(generate, *FEW_STEPS, "--checkpoint", "good.pt", "--num_images", 1, *flags)
     assert isinstance(code, str) and code.startswith("error: ") and word in code and "\n" not in code
+
+
+def test_a_seed_too_large_for_torch_is_refused_by_name(final, capsys):
+    code = call(generate, *FEW_STEPS, "--checkpoint", final, "--num_images", 1, "--seed", 2**70)
+    line = code if isinstance(code, str) else capsys.readouterr().err.splitlines()[-1]
+    assert "error: " in line and "seed" in line
+
+
+@pytest.mark.parametrize("flags, said", [
+    ([], "ddim in 2 steps"),  # that of the training's own grids
+    (["--steps", 3], "ddpm in 3 steps"), (["--sampler", "ddpm"], "ddpm in 50 steps"),
+    (["--sampler", "ddim", "--steps", 4], "ddim in 4 steps"),
+])
+def test_the_sampler_that_is_used(final, flags, said, capsys):
+    assert call(generate, "--device", "cpu", "--checkpoint", final, "--num_images", 1, *flags) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_a_checkpoint_from_before_a_flag_existed(final, capsys):
+    """It has no value for that flag: it must work, or be refused in one line, but not end in a KeyError."""
+    content = load_checkpoint(final)
+    needed = {"prediction", "image_size"}  # all that load_model promises
+    save_checkpoint("old.pt", **{**content, "config": {name: content["config"][name] for name in needed}})
+    code = call(generate, "--device", "cpu", "--checkpoint", "old.pt", "--num_images", 1, "--output", "grid.png")
+    if code == 0:
+        assert Image.open("grid.png").size == (16 + 4, 16 + 4)
+    else:
+        assert_one_line(code, capsys, "old.pt")
 
 
 @pytest.mark.parametrize("script, flags", [
