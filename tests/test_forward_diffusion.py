@@ -143,7 +143,8 @@ def test_seed_from_tells_any_two_positions_apart():
     positions = [(1, 2), (2, 1), (1,), (1, 0), (1, 0, 0), (0,), (0, 1), (), (2**32,), (2**32 + 1,), (-1,), (-1, 0)]
     positions += [(0, step) for step in range(2, 1000)]
     seeds = [seed_from(*position) for position in positions]
-    seeds += [seed_from(*position, stream=stream) for position in positions[:12] for stream in ("order", "step", "steps")]
+    for stream in ("order", "step", "steps"):
+        seeds += [seed_from(*position, stream=stream) for position in positions[:12]]
     assert len(set(seeds)) == len(positions) + 36
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert seed_from(1, 2) == 4_013_407_976_395_716_621  # what it is today: another value would end all exact resuming

@@ -89,7 +89,8 @@ def pictures(folder: str) -> dict[str, np.ndarray]:
 
 def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
     monkeypatch.chdir(trained)
-    assert sorted(os.listdir("outputs")) == [*(f"generated_epoch_000{i}.png" for i in (1, 2, 3)), "loss.png", "metrics.csv"]
+    grids = [f"generated_epoch_000{i}.png" for i in (1, 2, 3)]
+    assert sorted(os.listdir("outputs")) == [*grids, "loss.png", "metrics.csv"]
     assert sorted(os.listdir("checkpoints")) == ["epoch_0002.pt", "final_model.pt", "latest.pt"]
     assert Image.open("outputs/generated_epoch_0003.png").size == (2 * 16 + 3 * 2, 2 * 16 + 3 * 2)
     assert Image.open("outputs/loss.png").size[0] > 400
@@ -113,8 +114,8 @@ def test_training_and_sampling_together_learn_a_colour(prediction, epochs, allow
     Path("flat").mkdir()
     for i in range(4):
         Image.new("RGB", (8, 8), colour).save(f"flat/{i}.png")
-    flags = ("--data flat --image_size 8 --width 16 --groups 4 --multipliers 1 --blocks 1 --batch_size 16 --augment none "
-             "--lr 3e-3 --lr_schedule cosine --warmup_steps 10 --ema_decay 0.95 --schedule cosine --num_samples 1 "
+    flags = ("--data flat --image_size 8 --width 16 --groups 4 --multipliers 1 --blocks 1 --batch_size 16 "
+             "--augment none --lr 3e-3 --lr_schedule cosine --warmup_steps 10 --ema_decay 0.95 --schedule cosine --num_samples 1 "
              "--sample_steps 1 --device cpu --precision fp32").split()
     assert call(train, *flags, "--prediction", prediction, "--epochs", epochs, "--sample_every", epochs) == 0
     for sampler in ("ddpm", "ddim"):
@@ -331,7 +332,8 @@ def test_train_refuses_in_one_line(flags, words, capsys):
 
 
 def test_the_reference_network_refuses_sizes_that_it_cannot_halve(capsys):
-    assert_one_line(call(train, "--data", "critters", "--image_size", 30, "--device", "cpu"), capsys, "multiple of 8", "30")
+    code = call(train, "--data", "critters", "--image_size", 30, "--device", "cpu")
+    assert_one_line(code, capsys, "multiple of 8", "30")
 
 
 @pytest.mark.parametrize("script, flags", [

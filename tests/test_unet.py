@@ -13,7 +13,7 @@ SMALL = dict(width=16, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """With every parameter drawn anew: a fresh network answers 0, as its last convolution does, and hides everything."""
+    """With every parameter drawn anew: a fresh network answers 0, whatever goes on before its last convolution."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
