@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import pickle
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +31,27 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written beside the target, since only a rename within one file system is atomic.
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.tmp")  # beside the target: only within one file system is a rename atomic
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())  # the bytes are on the disk before the name points at them
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; a checkpoint is an ordinary file
         os.replace(temporary, path)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch's own writer reports a full disk so
-            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, (OSError, RuntimeError)):  # torch's own writer reports a full disk as the latter
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise OSError(f"could not write {path} ({reason}); what stood there before is untouched") from error
         raise
-    if os.name == "posix":  # and so that the rename survives a power cut, the folder is synced too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    if os.name == "posix":  # so that the rename survives a power cut, the folder is synced too
+        with contextlib.suppress(OSError):  # some network file systems cannot; the file itself is safe by now
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file can make the reader raise nearly anything
         raise CheckpointError(f"{path} is truncated or not a PokeDiff checkpoint; choose another file") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not made by this PokeDiff (expected '{FORMAT}'); choose another file")
@@ -98,8 +98,3 @@ def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:
         raise CheckpointError(f"no checkpoint in {folder}/; `python train.py --preset quick` trains one in minutes")
     return max(found, key=lambda path: path.stat().st_mtime)
 
-
-def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    return mask

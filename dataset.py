@@ -357,8 +357,11 @@ def main() -> None:
     tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=0.5)  # [8, 8, 3, S + 2, S + 2]
     grid = tiles.permute(0, 3, 1, 4, 2).reshape(8 * tiles.shape[3], 8 * tiles.shape[4], 3)
     pixels = ((grid + 1) * 127.5).round().to(torch.uint8).numpy()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(args.output)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(args.output)
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: cannot write {args.output}: {e}")
     print(f"{args.output}: left column plain, the other seven augmented")
 
 

@@ -18,9 +18,11 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # asks for a value, so that "meta", which has none, fails too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"no device {name!r} on this machine; choose one of {', '.join(DEVICES)}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
@@ -34,7 +36,9 @@ def pick_precision(name: str, device: torch.device) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
         # An emulated bfloat16 is slower than float32, so a processor without the instructions stays with the latter.
-        return "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+        # PyTorch tells of them in functions that may yet be renamed.
+        asks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return "bf16" if any(getattr(torch.cpu, ask, lambda: False)() for ask in asks) else "fp32"
     return "fp32"
 
 

@@ -20,8 +20,8 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, newest_checkpoint
-from devices import DEVICES, PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
-from reverse_diffusion import SAMPLERS, sample, seeded_noise
+from devices import DEVICES, PRECISIONS, describe, memory_format, pick_device, pick_precision
+from reverse_diffusion import SAMPLERS, sample_seeds
 
 
 def main() -> None:
@@ -34,20 +34,32 @@ def main() -> None:
         sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
         print(f"{checkpoint}: {args.num_images} images of {config['image_size']} x {config['image_size']}, "
               f"{sampler} in {steps} steps, on {describe(device)}, {precision}")
-        images = generate(model, scheduler, config, sampler, steps, args, device, precision)
+        prepare_output(args)
+        seeds = range(args.seed, args.seed + args.num_images)
+        model.to(memory_format=memory_format(device))
+        with tqdm(total=steps * math.ceil(len(seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
+            images = sample_seeds(
+                model, scheduler, seeds, config["image_size"], device, precision, batch_size=args.batch_size,
+                sampler=sampler, steps=steps, prediction=config["prediction"], eta=args.eta,
+                callback=lambda *_: bar.update(),
+            )
         write(images, args)
     except (ValueError, CheckpointError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}")
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(f"error: out of GPU memory; give a --batch_size smaller than {args.batch_size}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def choose_sampler(args, config: dict, device: torch.device, num_timesteps: int) -> tuple[str, int]:
+def choose_sampler(args: argparse.Namespace, config: dict, device: torch.device, num_timesteps: int) -> tuple[str, int]:
     """The sampler and its steps: the whole reverse process, but on a CPU, where it takes minutes, that of the grids
     which training drew."""
     sampler, steps = args.sampler, args.steps
     if sampler is None and steps is None and device.type == "cpu":
-        sampler, steps = config["sampler"], min(config["sample_steps"], num_timesteps)
+        sampler, steps = config.get("sampler", "ddim"), min(config.get("sample_steps", 50), num_timesteps)
     sampler = sampler or "ddpm"
     steps = steps or (num_timesteps if sampler == "ddpm" else min(50, num_timesteps))
     if steps > num_timesteps:
@@ -55,37 +67,23 @@ def choose_sampler(args, config: dict, device: torch.device, num_timesteps: int)
     return sampler, steps
 
 
-def generate(model, scheduler, config: dict, sampler: str, steps: int, args, device: torch.device, precision: str):
-    """Images [num_images, 3, S, S] in [-1, 1] on the CPU, in batches, with a progress bar over all steps."""
-    side = config["image_size"]
-    model.to(memory_format=memory_format(device))
-
-    def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with autocast(device, precision):
-            return model(x_t.contiguous(memory_format=memory_format(device)), t)
-
-    seeds = range(args.seed, args.seed + args.num_images)
-    batches = [seeds[i : i + args.batch_size] for i in range(0, len(seeds), args.batch_size)]
-    images = []
-    with tqdm(total=steps * len(batches), unit="step", dynamic_ncols=True) as bar:
-        for batch in batches:
-            x_T = seeded_noise(batch, (3, side, side), device)
-            x_0 = sample(network, scheduler, x_T, sampler=sampler, steps=steps, prediction=config["prediction"],
-                         eta=args.eta, seeds=batch, callback=lambda *_: bar.update())
-            images.append(x_0.float().cpu())
-    return torch.cat(images)
-
-
-def write(images: torch.Tensor, args) -> None:
-    """The grid, and one PNG an image where --individual asks for them, in a folder beside it named after it."""
+def prepare_output(args: argparse.Namespace) -> None:
+    """Make the folders, before minutes of sampling: what cannot be written should be known at once."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
+    if args.output.is_dir():
+        raise ValueError(f"--output {args.output} is a folder; name a file in it")
+    if args.individual:
+        args.output.with_suffix("").mkdir(exist_ok=True)
+
+
+def write(images: torch.Tensor, args: argparse.Namespace) -> None:
+    """The grid, and one PNG an image where --individual asks for them, in a folder beside it named after it."""
     show = dict(normalize=True, value_range=(-1, 1))
     larger = F.interpolate(images, scale_factor=args.scale, mode="nearest") if args.scale > 1 else images
     save_image(larger, args.output, nrow=math.ceil(math.sqrt(len(images))), padding=2 * args.scale, pad_value=1, **show)
     print(f"wrote {args.output}")
     if args.individual:
         folder = args.output.with_suffix("")
-        folder.mkdir(exist_ok=True)
         for i, image in enumerate(larger):
             save_image(image, folder / f"seed_{args.seed + i:06d}.png", **show)
         print(f"wrote {len(images)} images to {folder}/")
@@ -118,8 +116,8 @@ def parse_flags() -> argparse.Namespace:
 
 def natural(text: str) -> int:
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
+    if not 0 <= number < 2**62:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2^62 - 1, not {text}")
     return number
 
 

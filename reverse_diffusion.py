@@ -1,7 +1,7 @@
 """From noise to image: the samplers. Each walks from x_T, which is pure noise, to x_0, a picture.
 
-    x_T = seeded_noise(range(16), (3, 64, 64))
-    images = sample(model, scheduler, x_T, sampler="ddim", steps=50)
+    images = sample(model, scheduler, torch.randn(16, 3, 64, 64), sampler="ddim", steps=50)
+    images = sample_seeds(model, scheduler, range(16), 64, "cuda", "bf16", sampler="ddim", steps=50)
 
 `generate.py` is the command around this file; DIFFUSION_THEORY.md derives both samplers.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
+from devices import autocast, memory_format
 from forward_diffusion import NoiseScheduler, seed_from
 
 SAMPLERS = ("ddpm", "ddim")
@@ -76,6 +77,34 @@ def sample(
         if callback is not None:
             callback(i, x_t, x_0)
     return x_t
+
+
+def sample_seeds(
+    model: torch.nn.Module,
+    scheduler: NoiseScheduler,
+    seeds: Sequence[int],
+    image_size: int,
+    device: torch.device,
+    precision: str,
+    *,
+    batch_size: int = 64,
+    **options,
+) -> torch.Tensor:
+    """Images [len(seeds), 3, image_size, image_size] in [-1, 1], float32 on the CPU, drawn in batches on the device.
+
+    Image i depends on seeds[i] alone. `options` go to `sample`.
+    """
+
+    def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        with autocast(device, precision):
+            return model(x_t.contiguous(memory_format=memory_format(device)), t)
+
+    images = []
+    for i in range(0, len(seeds), batch_size):
+        batch = seeds[i : i + batch_size]
+        x_T = seeded_noise(batch, (3, image_size, image_size), device)
+        images.append(sample(network, scheduler, x_T, seeds=batch, **options).float().cpu())
+    return torch.cat(images)
 
 
 def posterior(scheduler: NoiseScheduler, x_0: torch.Tensor, x_t: torch.Tensor, t: int, s: int):

@@ -32,7 +32,7 @@ from critters import draw_critters
 from dataset import AUGMENT_MODES, DataError, ImageFolder, augment, find_images, make_loader
 from devices import PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
-from reverse_diffusion import SAMPLERS, sample, seeded_noise
+from reverse_diffusion import SAMPLERS, sample_seeds
 from unet import UNet, UNetConfig, count_parameters
 
 POKEMON_FOLDER = "data/pokemon_jpg"
@@ -56,7 +56,6 @@ class Config:
     width: int = flag(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = flag((1, 2, 4, 8), "of the width, one a level")
     blocks: int = flag(2, "residual blocks a level")
-    patch: int = flag(1, "pixels along the side of a square that the network takes as one position")
     groups: int = flag(32, "groups of the group normalisations")
     dropout: float = flag(0.0, "in the residual blocks, from 0 to 1")
 
@@ -95,8 +94,9 @@ PRESETS = {
     # makes minutes enough: no timestep multiplies the network's error (DIFFUSION_THEORY.md, "What to predict").
     "quick": dict(
         data="critters", image_size=32, augment="flip", width=32, multipliers=(1, 2, 2), blocks=1, groups=8,
-        schedule="cosine", prediction="v", loss_weighting="min_snr", epochs=16, batch_size=16, lr=2.5e-3, lr_schedule="cosine", warmup_steps=100,
-        ema_decay=0.999, sampler="ddpm", sample_steps=100, sample_every=100, num_samples=64,
+        schedule="cosine", prediction="v", loss_weighting="min_snr", epochs=16, batch_size=16, lr=2.5e-3,
+        lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, sampler="ddpm", sample_steps=100, sample_every=8,
+        num_samples=64,
     ),
 }
 
@@ -110,14 +110,15 @@ MAY_CHANGE_ON_RESUME = {
 def main() -> None:
     try:
         given = parse_flags()
-        resume = given.pop("resume")
-        checkpoint = load_checkpoint(run_folder("checkpoints", given) / "latest.pt") if resume else None
+        checkpoint = find_run(run_folder("checkpoints", given) / "latest.pt", resume=given.pop("resume"))
         config = settle(given, checkpoint)
         train(config, checkpoint)
-    except (ValueError, DataError, CheckpointError) as error:
+    except (ValueError, DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {error.strerror or error}: {error.filename or ''}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory; give a smaller --batch_size, --num_samples, --image_size or --width")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def train(config: Config, checkpoint: dict | None) -> None:
@@ -130,8 +131,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
     # The network, its moving average, and the two things that change them.
     torch.manual_seed(seed_from(config.seed, stream="weights"))
     unet_config = UNetConfig(
-        width=config.width, multipliers=config.multipliers, blocks=config.blocks, patch=config.patch,
-        groups=config.groups, head_width=min(64, config.width * config.multipliers[-1]), dropout=config.dropout,
+        width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
+        dropout=config.dropout,
     )
     if config.image_size % unet_config.size_multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {unet_config.size_multiple} that is at least 8, "
@@ -148,6 +149,9 @@ def train(config: Config, checkpoint: dict | None) -> None:
     last_step = min(total_steps, config.max_steps or total_steps)
     step, history, loss_sum = 0, [], torch.zeros((), device=device)
     if checkpoint is not None:
+        if len(dataset) != checkpoint["num_images"]:
+            raise ValueError(f"{config.data} has {len(dataset)} usable images and the run to resume had "
+                             f"{checkpoint['num_images']}; bring those back, or start another run with --run_name")
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -163,12 +167,6 @@ def train(config: Config, checkpoint: dict | None) -> None:
     if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
         print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
               f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
-    if step >= last_step:
-        print("nothing to do: the run has reached its end; raise --epochs to go on")
-        return
-
-    outputs.mkdir(parents=True, exist_ok=True)
-    restart_metrics(outputs / "metrics.csv", history)
 
     def save(path: Path, **more) -> None:
         save_checkpoint(path, ema=ema.state_dict(), unet=asdict(unet_config), scheduler=scheduler.config(),
@@ -176,7 +174,14 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
     def save_latest() -> None:
         save(checkpoints / "latest.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), history=history,
-             loss_sum=loss_sum.cpu())
+             loss_sum=loss_sum.cpu(), num_images=len(dataset))
+
+    if step >= last_step:
+        save(checkpoints / "final_model.pt")
+        print("nothing to do: the run has reached its end; raise --epochs to go on")
+        return
+    outputs.mkdir(parents=True, exist_ok=True)
+    restart_metrics(outputs / "metrics.csv", history)
 
     generator = torch.Generator(device)
     weights, averages = list(model.parameters()), list(ema.parameters())
@@ -190,13 +195,15 @@ def train(config: Config, checkpoint: dict | None) -> None:
     for images in make_loader(dataset, config.batch_size, config.seed, step, last_step, config.workers):
         # All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly.
         generator.manual_seed(seed_from(config.seed, step, stream="step"))
+        if config.dropout:
+            torch.manual_seed(seed_from(config.seed, step, stream="dropout"))
         x_0, told = augment(images.to(device, non_blocking=True), generator, config.augment)
         t = draw_timesteps(len(x_0), config.timesteps, generator)
         noise = torch.randn(x_0.shape, generator=generator, device=device)
         x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(device))
 
         with autocast(device, precision):
-            output = model(x_t, t, told)
+            output = model(x_t, t, augmentation=told)
         error = F.mse_loss(output.float(), scheduler.target(config.prediction, x_0, t, noise), reduction="none")
         loss = (error.mean(dim=(1, 2, 3)) * scheduler.loss_weight(config.loss_weighting, config.prediction, t)).mean()
         loss.backward()
@@ -206,37 +213,49 @@ def train(config: Config, checkpoint: dict | None) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # The average follows the weights closely at first: with the full decay it would stay near the random start.
-        torch._foreach_lerp_(averages, weights, 1 - min(config.ema_decay, (1 + step) / (10 + step)))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - min(config.ema_decay, (1 + step) / (10 + step)))
         loss_sum += loss.detach()  # kept on the device: reading it here would make the host wait at every step
         step += 1
 
         bar.update(config.batch_size)
         if step % 20 == 0:
             bar.set_postfix(epoch=1 + (step - 1) // steps_per_epoch, loss=f"{loss.item():.4f}")
-        if step == min(first_step + 20, last_step):
-            announce_duration((time.monotonic() - started) / (step - first_step) * (last_step - step), device)
+        if step == first_step + 5:
+            loss.item()  # waits for the device; the first steps also load and choose kernels, so the clock starts here
+            started = time.monotonic()
+        if step == first_step + 25 and step < last_step:
+            loss.item()
+            announce_duration((time.monotonic() - started) / 20 * (last_step - step), device)
 
         epoch, in_epoch = divmod(step, steps_per_epoch)
+        save_now = stop or step == last_step or time.monotonic() - saved > 60 * config.save_every
+        if (in_epoch == 0 or save_now) and not math.isfinite(loss_sum.item()):
+            raise ValueError(f"the loss is no longer a finite number at step {step:,}; try a lower --lr or --precision "
+                             f"fp32. What {checkpoints}/ has is from before")
         if in_epoch == 0:
-            now = time.monotonic()
+            seconds = time.monotonic() - epoch_started
+            speed = min(steps_per_epoch, step - first_step) * config.batch_size / seconds
             row = dict(epoch=epoch, step=step, loss=loss_sum.item() / steps_per_epoch,
-                       lr=learning_rate(config, step - 1, total_steps),
-                       images_per_second=round(min(steps_per_epoch, step - first_step) * config.batch_size
-                                               / (now - epoch_started), 1))
+                       lr=learning_rate(config, step - 1, total_steps), images_per_second=round(speed, 1))
             history.append(row)
             append_metrics(outputs / "metrics.csv", row)
             loss_sum.zero_()
             if epoch % config.milestone_every == 0 and step < total_steps:
                 save(checkpoints / f"epoch_{epoch:04d}.pt")
-        if (in_epoch == 0 and epoch % config.sample_every == 0) or step == last_step:
-            grid = draw_samples(ema, scheduler, config, device, precision)
-            path = outputs / f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
-            nrow = math.ceil(math.sqrt(len(grid)))
-            save_image(grid, path, nrow=nrow, normalize=True, value_range=(-1, 1), pad_value=1)
-            draw_loss(outputs / "loss.png", history)
-        if stop or step == last_step or time.monotonic() - saved > 60 * config.save_every:
+        if save_now:
             save_latest()
             saved = time.monotonic()
+        if not stop and (step == last_step or (in_epoch == 0 and epoch % config.sample_every == 0)):
+            # Always from the same noise, so that one sees the same creature grow.
+            images = sample_seeds(
+                ema, scheduler, range(config.num_samples), config.image_size, device, precision,
+                sampler=config.sampler, steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
+            )
+            path = outputs / f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
+            nrow = math.ceil(math.sqrt(len(images)))
+            save_image(images, path, nrow=nrow, normalize=True, value_range=(-1, 1), pad_value=1)
+            draw_loss(outputs / "loss.png", history)
         if in_epoch == 0:
             epoch_started = time.monotonic()  # so that images a second leave out the grids and the saves
         if stop:
@@ -270,31 +289,8 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return config.lr * rise * fall
 
 
-def draw_samples(ema: UNet, scheduler: NoiseScheduler, config: Config, device: torch.device, precision: str):
-    """Images [num_samples, 3, S, S], always from the same noise, so that one sees the same creature grow."""
-    side = config.image_size
-    seeds = range(config.num_samples)
-    x_T = seeded_noise(seeds, (3, side, side), device)
-
-    def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        with autocast(device, precision):
-            return ema(x_t.contiguous(memory_format=memory_format(device)), t)
-
-    images = [sample(network, scheduler, x_T[i : i + 64], sampler=config.sampler, seeds=seeds[i : i + 64],
-                     steps=min(config.sample_steps, config.timesteps), prediction=config.prediction)
-              for i in range(0, len(seeds), 64)]
-    return torch.cat(images).float()
-
-
 def load_images(config: Config) -> ImageFolder:
-    """The images to train on: the folder named, or critters where asked for, or where the default folder is empty."""
-    if config.data == POKEMON_FOLDER:
-        try:
-            find_images(config.data)
-        except DataError:
-            print(f"{POKEMON_FOLDER}/ has no images: put those of {POKEMON_SOURCE} there, or name a folder with "
-                  f"--data; training on critters, the built-in creatures, for now")
-            config.data = "critters"
+    """The images to train on: of the folder named, or the built-in critters."""
     if config.data != "critters":
         return ImageFolder(config.data, config.image_size)
     images, _ = draw_critters(config.num_critters, config.image_size, config.seed)
@@ -363,11 +359,36 @@ def run_folder(top: str, settings: dict) -> Path:
     return Path(top) / settings.get("run_name", "")
 
 
+def has_images(folder: str) -> bool:
+    try:
+        return bool(find_images(folder))
+    except DataError:
+        return False
+
+
+def find_run(latest: Path, resume: bool) -> dict | None:
+    """The checkpoint to go on from, or None for a new run, which may not take the place of another."""
+    if not resume:
+        if latest.exists():
+            raise ValueError(f"{latest} is from an earlier run; go on with it: --resume, or keep it and give this one "
+                             f"a folder of its own: --run_name NAME")
+        return None
+    checkpoint = load_checkpoint(latest)
+    missing = {"model", "ema", "optimizer", "step", "history", "loss_sum", "num_images", "config"} - checkpoint.keys()
+    if missing or set(checkpoint["config"]) != {setting.name for setting in fields(Config)}:
+        raise CheckpointError(f"{latest} cannot be resumed: it is not the latest.pt of a run of this version")
+    return checkpoint
+
+
 def settle(given: dict, checkpoint: dict | None) -> Config:
     """The settings of this run, out of the flags given, the preset, and the checkpoint where one is resumed."""
     preset = given.pop("preset", "reference")
     if checkpoint is None:
         config = Config(**{**PRESETS[preset], **given})
+        if config.data == POKEMON_FOLDER and "data" not in given and not has_images(POKEMON_FOLDER):
+            print(f"{POKEMON_FOLDER}/ has no images: put those of {POKEMON_SOURCE} there, or name a folder with "
+                  f"--data; training on critters, the built-in creatures, for now")
+            config.data = "critters"
     else:
         before = checkpoint["config"]
         wrong = [f"--{name} {before[name]}" for name in given
@@ -382,6 +403,8 @@ def settle(given: dict, checkpoint: dict | None) -> Config:
     for name in ("max_steps", "seed", "workers", "warmup_steps", "save_every"):
         if not getattr(config, name) >= 0:
             raise ValueError(f"--{name} must be 0 or more, not {getattr(config, name)}")
+    if not math.isfinite(config.lr):
+        raise ValueError(f"--lr must be a finite number, not {config.lr}")
     if not 0 <= config.ema_decay < 1:
         raise ValueError(f"--ema_decay must be in [0, 1), not {config.ema_decay}")
     return config

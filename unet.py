@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,14 @@ class UNetConfig:
     width: int = 64  # channels at the first level
     multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one a level; each level halves the resolution
     blocks: int = 2  # residual blocks a level on the way down; one more on the way up
-    patch: int = 1  # pixels along the side of a square that the network takes as one position
-    head_width: int = 64  # channels of an attention head
+    head_width: int = 64  # channels of an attention head, at most: the largest common divisor with the deepest width
     groups: int = 32  # of the group normalisations
     dropout: float = 0.0  # inside of the residual blocks, while training
     augment_dim: int = 5  # numbers that can tell the network how its image was augmented; they cost no parameter
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
-        if min(self.channels, self.width, self.blocks, self.patch, self.head_width, self.groups, *self.multipliers) < 1:
+        if min(self.channels, self.width, self.blocks, self.head_width, self.groups, *self.multipliers) < 1:
             raise ValueError(f"every size of the network must be at least 1: {self}")
         for width in {self.width, *self.widths}:
             if width % self.groups:
@@ -43,9 +42,6 @@ class UNetConfig:
                                  f"choose a width that is a multiple of {self.groups}")
         if self.width % 2:
             raise ValueError(f"width must be even, not {self.width}")
-        if self.widths[-1] % self.head_width:
-            raise ValueError(f"the deepest level's {self.widths[-1]} channels do not divide into attention heads of "
-                             f"{self.head_width}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
@@ -57,7 +53,7 @@ class UNetConfig:
     @property
     def size_multiple(self) -> int:
         """An image's side must be a multiple of this: each level but the last halves it."""
-        return self.patch * 2 ** (len(self.multipliers) - 1)
+        return 2 ** (len(self.multipliers) - 1)
 
 
 class UNet(nn.Module):
@@ -88,10 +84,7 @@ class UNet(nn.Module):
         def block(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, emb_width, config)
 
-        # With patch 2, each square of 2x2 pixels becomes one position with 4 times the channels: a quarter of the work
-        # at every level, for a CPU. The reference network, with patch 1, looks at each pixel.
-        channels = config.channels * config.patch**2
-        self.conv_in = nn.Conv2d(channels, config.width, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.channels, config.width, 3, padding=1)
         skips, c = [config.width], config.width  # widths of the tensors that wait for the way up
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
@@ -115,17 +108,17 @@ class UNet(nn.Module):
             self.up.append(blocks)
 
         self.norm_out = nn.GroupNorm(config.groups, c)
-        self.conv_out = nn.Conv2d(c, channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, config.channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # the first answer is 0, the mean of what it will be asked for
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, augmentation: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, *, augmentation: torch.Tensor | None = None) -> torch.Tensor:
         emb = timestep_embedding(t, self.config.width)
         if augmentation is not None:
             emb = emb + augmentation @ self.augment_waves
         emb = F.silu(self.time_mlp(emb.to(self.conv_in.weight.dtype)))
 
-        h = self.conv_in(F.pixel_unshuffle(x_t, self.config.patch))
+        h = self.conv_in(x_t)
         skips = [h]
         for level, blocks in enumerate(self.down):
             if level > 0:
@@ -144,7 +137,7 @@ class UNet(nn.Module):
             for block in blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
 
-        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(h))), self.config.patch)
+        return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class ResBlock(nn.Module):
@@ -174,7 +167,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.heads = channels // config.head_width
+        self.heads = channels // math.gcd(channels, config.head_width)
         self.norm = nn.GroupNorm(config.groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -203,7 +196,7 @@ def count_parameters(module: nn.Module) -> int:
 def describe(model: UNet, image_size: int) -> str:
     """The network as a table: a line a level with its resolution, width, blocks and parameters, then the total."""
     config, levels = model.config, len(model.config.widths)
-    side = [image_size // config.patch // 2**level for level in range(levels)]
+    side = [image_size // 2**level for level in range(levels)]
     rows = [("timestep", "", 4 * config.width, "", model.time_mlp), ("in", side[0], config.width, "", model.conv_in)]
     for level, blocks in enumerate(model.down):
         rows.append((f"down {level + 1}", side[level], config.widths[level], len(blocks), blocks))
@@ -221,19 +214,16 @@ def describe(model: UNet, image_size: int) -> str:
 
 
 def main() -> None:
-    defaults = UNetConfig()
     parser = argparse.ArgumentParser(description="Print the network as a table.")
     parser.add_argument("--width", type=int, default=64, help="channels at the first level (default: 64)")
-    parser.add_argument("--multipliers", type=int, nargs="+", default=list(defaults.multipliers),
+    parser.add_argument("--multipliers", type=int, nargs="+", default=[1, 2, 4, 8],
                         help="of the width, one a level (default: 1 2 4 8)")
     parser.add_argument("--blocks", type=int, default=2, help="residual blocks a level (default: 2)")
-    parser.add_argument("--patch", type=int, default=1, help="pixels along the side of a position (default: 1)")
+    parser.add_argument("--groups", type=int, default=32, help="groups of the normalisations (default: 32)")
     parser.add_argument("--image_size", type=int, default=64, help="side of the image, in pixels (default: 64)")
     args = parser.parse_args()
     try:
-        sizes = {**asdict(defaults), "width": args.width, "multipliers": args.multipliers, "blocks": args.blocks,
-                 "patch": args.patch}
-        model = UNet(UNetConfig(**sizes))
+        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.image_size < 1 or args.image_size % model.config.size_multiple:
