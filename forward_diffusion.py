@@ -204,9 +204,9 @@ def draw_schedules(path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for schedule in SCHEDULES:
         scheduler = NoiseScheduler(schedule=schedule)
-        axes[0].plot(scheduler.betas, label=schedule)
-        axes[1].plot(scheduler.alphas_cumprod, label=schedule)
-        axes[2].plot(scheduler.snr(), label=schedule)
+        axes[0].plot(scheduler.betas.numpy(), label=schedule)
+        axes[1].plot(scheduler.alphas_cumprod.numpy(), label=schedule)
+        axes[2].plot(scheduler.snr().numpy(), label=schedule)
     titles = ("β: noise added at each step", "ᾱ: share of the image's variance left", "ᾱ / (1 - ᾱ): signal to noise")
     for axis, title in zip(axes, titles):
         axis.set_title(title, fontsize=10)

@@ -27,7 +27,7 @@ class UNetConfig:
     width: int = 64  # channels at the first level
     multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one a level; each level halves the resolution
     blocks: int = 2  # residual blocks a level on the way down; one more on the way up
-    head_width: int = 64  # channels of an attention head, at most: the largest common divisor with the deepest width
+    head_width: int = 64  # channels of an attention head; divides the deepest level's
     groups: int = 32  # of the group normalisations
     dropout: float = 0.0  # inside of the residual blocks, while training
     augment_dim: int = 5  # numbers that can tell the network how its image was augmented; they cost no parameter
@@ -42,6 +42,9 @@ class UNetConfig:
                                  f"choose a width that is a multiple of {self.groups}")
         if self.width % 2:
             raise ValueError(f"width must be even, not {self.width}")
+        if self.widths[-1] % self.head_width:
+            raise ValueError(f"the deepest level's {self.widths[-1]} channels do not divide into attention heads of "
+                             f"{self.head_width}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 
@@ -167,7 +170,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
-        self.heads = channels // math.gcd(channels, config.head_width)
+        self.heads = channels // config.head_width
         self.norm = nn.GroupNorm(config.groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -223,7 +226,9 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=64, help="side of the image, in pixels (default: 64)")
     args = parser.parse_args()
     try:
-        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups))
+        heads = math.gcd(UNetConfig.head_width, args.width * args.multipliers[-1])
+        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups,
+                                head_width=heads))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.image_size < 1 or args.image_size % model.config.size_multiple:

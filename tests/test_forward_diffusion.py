@@ -167,3 +167,19 @@ def test_a_missing_picture_is_one_line_on_stderr(tmp_path):
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.startswith("error:") and "no_cat.jpg" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_min_snr_makes_the_error_of_the_image_count_the_same_whatever_is_predicted(schedule, prediction):
+    scheduler = NoiseScheduler(schedule=schedule)
+    t = torch.tensor([0, 1, 100, 300, 500, 800, 990])
+    x_t, answer = torch.randn(2, len(t), 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    off = answer + 0.01
+    in_image = scheduler.to_x_0(prediction, off, x_t, t) - scheduler.to_x_0(prediction, answer, x_t, t)
+    weight = scheduler.loss_weight("min_snr", prediction, t).double()
+    ratio = weight * 0.01**2 / (in_image**2).flatten()
+    torch.testing.assert_close(ratio, scheduler.snr()[t].clamp(max=5), rtol=1e-3, atol=0)
+    assert (scheduler.loss_weight("uniform", prediction, t) == 1).all()
+    with pytest.raises(ValueError, match="uniform, min_snr"):
+        scheduler.loss_weight("other", prediction, t)

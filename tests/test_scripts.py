@@ -20,6 +20,7 @@ from PIL import Image
 import generate
 import train
 from checkpoint import load_checkpoint, save_checkpoint
+from reverse_diffusion import sample_seeds
 from unet import UNetConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,8 +207,8 @@ def test_the_average_follows_the_weights():
         expected = (2 * first["ema"][name] + 9 * weight) / 11
         torch.testing.assert_close(second["ema"][name], expected, rtol=1e-4, atol=1e-6)
     assert not all(weight.equal(first["model"][name]) for name, weight in second["model"].items())
-    assert call(train, *TINY, "--max_steps", 3, "--ema_decay", 0) == 0
-    after = load_checkpoint("checkpoints/latest.pt")
+    assert call(train, *TINY, "--max_steps", 3, "--ema_decay", 0, "--run_name", "none") == 0
+    after = load_checkpoint("checkpoints/none/latest.pt")
     assert all(after["ema"][name].equal(weight) for name, weight in after["model"].items())
 
 
@@ -261,19 +262,21 @@ def test_help_has_every_setting_and_its_default(capsys):
 
 def test_without_the_pokemon_it_says_so_and_trains_on_critters(capsys):
     Path("data/pokemon_jpg").mkdir(parents=True)
-    assert call(train, *TINY, "--data", "data/pokemon_jpg", "--max_steps", 1) == 0
+    tiny = TINY[TINY.index("critters") + 1 :]
+    assert call(train, *tiny, "--max_steps", 1) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "data/pokemon_jpg/ has no images" in said and "training on critters" in said
     assert "kaggle.com/datasets/kvpratama/pokemon-images-dataset" in said
     assert load_checkpoint("checkpoints/final_model.pt")["config"]["data"] == "critters"
+    # But a folder that somebody names is meant.
+    code = call(train, *tiny, "--data", "data/pokemon_jpg", "--run_name", "named")
+    assert code.startswith("error: ") and "data/pokemon_jpg" in code
 
 
-def test_a_grid_shows_the_same_noise_at_every_epoch(trained):
+def test_a_grid_shows_the_same_noise_at_every_epoch():
     """Also for ddpm, which draws noise on the way, and for more images than go into one batch."""
-    content = load_checkpoint(trained / "checkpoints/final_model.pt")
-    config = train.Config(**{**content["config"], "sampler": "ddpm", "num_samples": 66})
-    zero, scheduler = (lambda x_t, t: 0 * x_t), train.NoiseScheduler(50)
-    first, again = (train.draw_samples(zero, scheduler, config, torch.device("cpu"), "fp32") for _ in range(2))
+    zero, scheduler, cpu = (lambda x_t, t: 0 * x_t), train.NoiseScheduler(50), torch.device("cpu")
+    first, again = (sample_seeds(zero, scheduler, range(66), 16, cpu, "fp32", sampler="ddpm") for _ in range(2))
     assert first.shape == (66, 3, 16, 16) and first.equal(again)
     assert len({image.numpy().tobytes() for image in first}) == 66
 
@@ -356,6 +359,72 @@ def test_resume_refuses_another_configuration(trained, monkeypatch, capsys):
     assert call(train, "--resume", "--lr", "1e-4", "--multipliers", 1, 2) == 0  # what the run has may be said again
     assert "nothing to do" in capsys.readouterr().out
     assert Path("checkpoints/latest.pt").read_bytes() == before
+
+
+def test_a_run_is_never_overwritten_by_another(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+    assert_one_line(call(train, *TINY), capsys, "checkpoints/latest.pt", "--resume", "--run_name")
+    assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(monkeypatch, capsys):
+    weight = train.NoiseScheduler.loss_weight
+    monkeypatch.setattr(train.NoiseScheduler, "loss_weight", lambda *args: weight(*args) * float("nan"))
+    assert_stops = call(train, *TINY)
+    assert assert_stops.startswith("error: the loss") and "--lr" in assert_stops and "\n" not in assert_stops
+    assert not Path("checkpoints").exists()
+
+
+def test_resume_refuses_a_folder_with_other_images():
+    Path("mine").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 90, 200)).save(f"mine/{i}.png")
+    assert call(train, *TINY, "--data", "mine", "--max_steps", 1) == 0
+    Path("mine/0.png").unlink()
+    code = call(train, "--resume", "--max_steps", 2)
+    assert code.startswith("error: ") and "2 usable images" in code and "had 3" in code
+
+
+def test_resuming_a_finished_run_writes_the_final_model_that_a_kill_prevented(capsys):
+    assert call(train, *TINY, "--epochs", 1) == 0
+    Path("checkpoints/final_model.pt").unlink()
+    assert call(train, "--resume") == 0
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == 2
+
+
+def test_the_last_save_comes_before_the_last_grid(monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError("no room for a picture")
+
+    monkeypatch.setattr(train, "save_image", no_room)
+    assert "no room" in call(train, *TINY)
+    assert load_checkpoint("checkpoints/latest.pt")["step"] == 6
+
+
+def test_the_average_keeps_no_graph(monkeypatch):
+    """One step's graph hanging on the one before would fill the memory in a long run."""
+    seen = []
+    monkeypatch.setattr(train, "sample_seeds", lambda ema, *args, **kwargs: seen.append(ema) or torch.zeros(1, 3, 8, 8))
+    assert call(train, *TINY, "--epochs", 1) == 0
+    assert not any(p.requires_grad for p in seen[0].parameters())
+
+
+def test_training_in_bfloat16_is_training_in_float32_but_for_rounding():
+    for precision in ("fp32", "bf16"):
+        assert call(train, *TINY, "--precision", precision, "--run_name", precision, "--epochs", 2) == 0
+    wide, narrow = ([float(row["loss"]) for row in metrics(f"{name}/metrics.csv")] for name in ("fp32", "bf16"))
+    assert wide != narrow and narrow == pytest.approx(wide, rel=0.02)
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (40, ["1 min"]), (3 * 3600, ["3.0 hours"]), (5 * 86400, ["5.0 days", "--preset quick"]),
+])
+def test_the_duration_is_announced_and_days_on_a_cpu_name_the_way_out(seconds, words, capsys):
+    train.announce_duration(seconds, torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert all(word in said for word in words)
+    assert ("quick" in said) == (seconds > 86400)
 
 
 def test_resume_refuses_a_file_that_is_not_for_resuming(trained, capsys):
@@ -477,7 +546,7 @@ def test_a_checkpoint_from_before_a_flag_existed(final, capsys):
     save_checkpoint("old.pt", **{**content, "config": {name: content["config"][name] for name in needed}})
     code = call(generate, "--device", "cpu", "--checkpoint", "old.pt", "--num_images", 1, "--output", "grid.png")
     if code == 0:
-        assert Image.open("grid.png").size == (16 + 4, 16 + 4)
+        assert Image.open("grid.png").size == (16, 16)  # a single picture has no gaps around it
     else:
         assert_one_line(code, capsys, "old.pt")
 

@@ -68,22 +68,12 @@ def test_the_command_refuses_in_one_line(flags, monkeypatch):
     (dict(multipliers=(1,), head_width=16), (2, 3, 5, 5)),
     (dict(multipliers=(1, 1, 2, 2), blocks=2), (2, 3, 8, 8)),
     (dict(channels=4), (2, 4, 8, 8)),
-    (dict(patch=2), (2, 3, 16, 16)),
 ])
 def test_the_answer_has_the_shape_of_the_image(changes, shape):
     config = UNetConfig(**{**SMALL, **changes})
     assert shape[2] % config.size_multiple == 0
     output = randomised(UNet(config))(noise(*shape), torch.arange(shape[0]))
     assert output.shape == shape and output.isfinite().all() and output.std() > 0
-
-
-def test_a_patch_is_one_position():
-    """Patch 2 is the same network on images of half the side with four times the channels."""
-    coarse, fine = UNet(UNetConfig(**SMALL, channels=12)), UNet(UNetConfig(**SMALL, patch=2))
-    assert fine.config.size_multiple == 2 * coarse.config.size_multiple
-    coarse, fine = randomised(coarse), randomised(fine)
-    x, t = noise(2, 3, 16, 16), torch.tensor([3, 700])
-    torch.testing.assert_close(F.pixel_unshuffle(fine(x, t), 2), coarse(F.pixel_unshuffle(x, 2), t))
 
 
 def test_a_fresh_network_answers_zero():
@@ -101,8 +91,8 @@ def test_images_of_a_batch_do_not_see_each_other_and_see_their_own_timestep():
 def test_augmentation_is_heard_and_costs_no_parameter():
     model, x, t = randomised(UNet(UNetConfig(**SMALL))), noise(2, 3, 8, 8), torch.tensor([5, 900])
     plain = model(x, t)
-    assert model(x, t, torch.zeros(2, 5)).equal(plain)
-    answers = [plain] + [model(x, t, sign * torch.eye(5)[[i, i]]) for i in range(5) for sign in (1, -1)]
+    assert model(x, t, augmentation=torch.zeros(2, 5)).equal(plain)
+    answers = [plain] + [model(x, t, augmentation=sign * torch.eye(5)[[i, i]]) for i in range(5) for sign in (1, -1)]
     for i, a in enumerate(answers):
         for b in answers[:i]:
             assert (a - b).abs().max() > 1e-3  # each way to augment is told apart from each other one
@@ -160,13 +150,13 @@ def test_dropout_acts_in_training_alone():
 
 def test_every_parameter_gets_a_gradient():
     model = randomised(UNet(UNetConfig(**SMALL)))
-    model(noise(2, 3, 8, 8), torch.tensor([3, 800]), noise(2, 5)).square().mean().backward()
+    model(noise(2, 3, 8, 8), torch.tensor([3, 800]), augmentation=noise(2, 5)).square().mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert silent == []
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(width=0), dict(blocks=0), dict(channels=0), dict(patch=0), dict(groups=0), dict(head_width=0),
+    dict(width=0), dict(blocks=0), dict(channels=0), dict(groups=0), dict(head_width=0),
     dict(multipliers=(1, 0)), dict(width=40), dict(width=15, groups=15, head_width=15), dict(head_width=60),
     dict(dropout=1.0), dict(dropout=-0.1),
 ])
