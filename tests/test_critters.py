@@ -163,3 +163,11 @@ def test_bad_input_ends_with_one_line(tmp_path: Path, flags: tuple[str, str]) ->
     assert done.returncode != 0 and done.stdout == ""
     assert len(done.stderr.strip().splitlines()) == 1 and flags[0] in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_labels_of_other_pictures_are_left_alone(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,types\nmine.png,fire\n")
+    done = subprocess.run([sys.executable, ROOT / "critters.py", "--count", "1", "--output", tmp_path], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "labels.csv" in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "labels.csv").read_text() == "file,types\nmine.png,fire\n"
