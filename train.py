@@ -94,7 +94,7 @@ PRESETS = {
     # makes minutes enough: no timestep multiplies the network's error (DIFFUSION_THEORY.md, "What to predict").
     "quick": dict(
         data="critters", image_size=32, augment="flip", width=32, multipliers=(1, 2, 2), blocks=1, groups=8,
-        schedule="cosine", prediction="v", loss_weighting="min_snr", epochs=16, batch_size=16, lr=2.5e-3,
+        schedule="cosine", prediction="v", loss_weighting="min_snr", epochs=15, batch_size=16, lr=2.5e-3,
         lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, sampler="ddpm", sample_steps=50, sample_every=8,
         num_samples=64,
     ),
