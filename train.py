@@ -178,7 +178,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
     if step >= last_step:
         save(checkpoints / "final_model.pt")
-        print("nothing to do: the run has reached its end; raise --epochs to go on")
+        print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to go on")
         return
     outputs.mkdir(parents=True, exist_ok=True)
     restart_metrics(outputs / "metrics.csv", history)
@@ -246,7 +246,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
         if save_now:
             save_latest()
             saved = time.monotonic()
-        if not stop and (step == last_step or (in_epoch == 0 and epoch % config.sample_every == 0)):
+        if step == last_step or (in_epoch == 0 and epoch % config.sample_every == 0 and not stop):
             # Always from the same noise, so that one sees the same creature grow.
             images = sample_seeds(
                 ema, scheduler, range(config.num_samples), config.image_size, device, precision,
