@@ -188,7 +188,7 @@ def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> No
         scheduler = NoiseScheduler(schedule=schedule)
         for axis, t in zip(axes[row], np.linspace(0, scheduler.num_timesteps - 1, columns).round().astype(int)):
             x_t = scheduler.add_noise(x_0, torch.tensor([t]), noise)
-            axis.imshow((x_t[0].permute(1, 2, 0).clamp(-1, 1) + 1) / 2)
+            axis.imshow(((x_t[0].permute(1, 2, 0).clamp(-1, 1) + 1) / 2).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(f"t = {t}", fontsize=9)
