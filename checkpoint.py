@@ -97,4 +97,3 @@ def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:
     if not found:
         raise CheckpointError(f"no checkpoint in {folder}/; `python train.py --preset quick` trains one in minutes")
     return max(found, key=lambda path: path.stat().st_mtime)
-

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from dataset import DataError, ImageFolder, find_images
+from dataset import DataError, ImageFolder
 
 
 def marks(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=64, help="side to scale them to, in pixels (default: 64)")
     args = parser.parse_args()
     try:
-        images = ImageFolder(args.folder, args.image_size).images
+        dataset = ImageFolder(args.folder, args.image_size)
     except DataError as error:
         sys.exit(f"error: {error}")
-    if images is None:
-        sys.exit(f"error: the {len(find_images(args.folder))} images in {args.folder} do not fit in memory; "
+    if dataset.images is None:
+        sys.exit(f"error: the {len(dataset)} images in {args.folder} do not fit in memory; "
                  f"give a smaller folder or --image_size")
-    print(f"of {len(images)} pictures in {args.folder}:")
-    for mark, shown in marks(images).items():
+    print(f"of {len(dataset)} pictures in {args.folder}:")
+    for mark, shown in marks(dataset.images).items():
         print(f"{shown.sum().item():6d} {mark.replace('_', ' ')}")
 
 

@@ -44,9 +44,7 @@ def main() -> None:
                 callback=lambda *_: bar.update(),
             )
         write(images, args)
-    except (ValueError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
+    except (ValueError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit(f"error: out of GPU memory; give a --batch_size smaller than {args.batch_size}")

@@ -132,7 +132,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     torch.manual_seed(seed_from(config.seed, stream="weights"))
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
-        head_width=math.gcd(UNetConfig.head_width, config.width * config.multipliers[-1]), dropout=config.dropout,
+        dropout=config.dropout,
     )
     if config.image_size % unet_config.size_multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {unet_config.size_multiple} that is at least 8, "

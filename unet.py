@@ -27,13 +27,15 @@ class UNetConfig:
     width: int = 64  # channels at the first level
     multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one a level; each level halves the resolution
     blocks: int = 2  # residual blocks a level on the way down; one more on the way up
-    head_width: int = 64  # channels of an attention head; divides the deepest level's
+    head_width: int | None = None  # channels of an attention head; None: 64, or what of it divides the deepest level
     groups: int = 32  # of the group normalisations
     dropout: float = 0.0  # inside of the residual blocks, while training
     augment_dim: int = 5  # numbers that can tell the network how its image was augmented; they cost no parameter
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
+        if self.head_width is None:
+            self.head_width = math.gcd(64, self.widths[-1])
         if min(self.channels, self.width, self.blocks, self.head_width, self.groups, *self.multipliers) < 1:
             raise ValueError(f"every size of the network must be at least 1: {self}")
         for width in {self.width, *self.widths}:
@@ -226,9 +228,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=64, help="side of the image, in pixels (default: 64)")
     args = parser.parse_args()
     try:
-        heads = math.gcd(UNetConfig.head_width, args.width * args.multipliers[-1])
-        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups,
-                                head_width=heads))
+        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.image_size < 1 or args.image_size % model.config.size_multiple:
