@@ -77,7 +77,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UNet, NoiseScheduler, dict[str, Any]]:
     """From a checkpoint: the network with its averaged weights, ready to sample; its scheduler; its configuration.
 
-    The configuration has the training's flags, among them "prediction" and "image_size".
+    The configuration has the training's flags, among them "prediction" and "image_size", and "types": the names of
+    the types that the network can be asked for, in the order of its inputs; none for an unconditional one.
     """
     content = load_checkpoint(path)
     try:
@@ -86,6 +87,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
         scheduler = NoiseScheduler(**content["scheduler"])
         config = content["config"]
         config["prediction"], config["image_size"]
+        config["types"] = tuple(content.get("types", ()))
+        if len(config["types"]) != model.config.num_types:
+            raise ValueError("types without names")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} is incomplete or of another version of PokeDiff; choose another file") from error
     return model.to(device).eval(), scheduler, config

@@ -1,4 +1,4 @@
-"""From a folder of images to training batches: finding, decoding, order, augmentation.
+"""From a folder of images to training batches: finding, decoding, labels, order.
 
     python dataset.py data/pokemon_jpg --image_size 64      # count the images, draw outputs/augmentation.png
 
@@ -8,17 +8,18 @@ Three habits hold this file together:
   parts become white, and a file that cannot be read is named and left out instead of ending the training.
 - The order of the images depends on (seed, epoch) alone and the batch of any step can be computed directly, so a
   resumed run sees the batches of an uninterrupted one, with any number of workers.
-- Augmentation is told to the network (`augment`), and leaves no mark: no black corner, no grey background.
+- Labels are optional: pictures of known types come with them, others with nothing said (see labels.py).
 """
 
 import argparse
+import hashlib
 import itertools
 import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -27,7 +28,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
+from augmentation import augment
+from critters import TYPES, draw_critters
 from forward_diffusion import seed_from
+from labels import LABEL_SOURCES, LabelError, find_labels, multi_hot
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # Pillow looks at a file's content, not at its name. Only these decoders may run: some others start outside programs.
@@ -71,6 +75,12 @@ def find_images(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())
 
 
+def relative_names(folder: str | Path, files: Sequence[Path]) -> list[str]:
+    """The files' paths relative to the folder, with forward slashes on every system."""
+    root = Path(folder).expanduser()
+    return [path.relative_to(root).as_posix() for path in files]
+
+
 def decode_image(path: str | Path, image_size: int) -> np.ndarray:
     """Read one image file as uint8 RGB `[3, image_size, image_size]`.
 
@@ -112,20 +122,37 @@ def _default_memory_limit() -> int:
 
 
 class ImageFolder(Dataset):
-    """The images of a folder as uint8 tensors `[3, S, S]`.
+    """The images of a folder as uint8 tensors `[3, S, S]`, and the types of each where the folder tells them.
 
     Each image is decoded once and kept in `.images`, uint8 `[N, 3, S, S]`, when that takes at most `memory_limit`
     bytes (default: a quarter of the machine's memory). Otherwise `.images` is None and files are read as needed.
-    `.files` holds the path of every image, in the order of their indices, and `.left_out` the number of files that
-    could not be read. Raises DataError as `find_images` does, and when no file can be read.
+
+    `.files` holds the path of every image and `.names` the same relative to the folder, in the order of their indices;
+    `.left_out` is the number of files that could not be read. `.types` are the names of the types and `.labels`, uint8
+    `[N, len(types)]`, has a 1 for each that an image has; both are empty without labels (see labels.py for `labels`).
+    With `keep`, only the images for whose names it is true are in it; the types are the whole folder's all the same.
+
+    Raises DataError as `find_images` and `find_labels` do, and when no file can be read.
     """
 
-    def __init__(self, folder: str | Path, image_size: int, memory_limit: int | None = None):
+    def __init__(self, folder: str | Path, image_size: int, memory_limit: int | None = None, *, labels: str = "auto",
+                 keep: Callable[[str], bool] | None = None):
         if image_size < 8:
             raise DataError(f"an image size of {image_size} pixels is too small: give 8 or more")
         self.files, self.image_size, self.left_out = find_images(folder), image_size, 0
+        self.names = relative_names(folder, self.files)
+        try:
+            found = find_labels(folder, self.names, labels)
+        except LabelError as e:
+            raise DataError(str(e)) from e
+        self.types = tuple(sorted(set().union(*found or ())))
+        self.labels = torch.from_numpy(multi_hot(found or [()] * len(self.files), self.types))
         self.images: torch.Tensor | None = None
         self._warned: set[int] = set()
+        if keep is not None:
+            self._keep([i for i, name in enumerate(self.names) if keep(name)])
+            if not self.files:
+                raise DataError(f"none of the images wanted is in {folder}: give the folder that the run was trained on")
         limit = _default_memory_limit() if memory_limit is None else memory_limit
         if len(self.files) * 3 * image_size**2 <= limit:
             self._decode_all(folder)
@@ -133,8 +160,9 @@ class ImageFolder(Dataset):
             self[0]  # fail now, in one line, when no file can be read
 
     @classmethod
-    def from_array(cls, images: np.ndarray | torch.Tensor) -> "ImageFolder":
-        """A data set of square images in memory, uint8 `[N, S, S, 3]` or `[N, 3, S, S]`; `.files` only numbers them."""
+    def from_array(cls, images: np.ndarray | torch.Tensor, labels: Sequence[Sequence[str]] | None = None,
+                   types: Sequence[str] = ()) -> "ImageFolder":
+        """A data set of square images in memory, uint8 `[N, S, S, 3]` or `[N, 3, S, S]`; `.names` only number them."""
         images = torch.as_tensor(images)
         if images.ndim == 4 and images.shape[-1] == 3 and images.shape[1] != 3:
             images = images.permute(0, 3, 1, 2)
@@ -143,8 +171,20 @@ class ImageFolder(Dataset):
             raise ValueError(f"want uint8 [N, S, S, 3] or [N, 3, S, S], got {images.dtype} {list(images.shape)}")
         self = cls.__new__(cls)
         self.images, self.image_size, self.left_out = images.contiguous(), size, 0
-        self.files = [Path(f"{i:05d}") for i in range(n)]
+        self.names = [f"{i:05d}" for i in range(n)]
+        self.files = [Path(name) for name in self.names]
+        self.types = tuple(types)
+        self.labels = torch.from_numpy(multi_hot(labels or [()] * n, self.types))
         return self
+
+    def _keep(self, indices: list[int]) -> None:
+        """Leave out all images but these, which stay in their order."""
+        self.files, self.names = [self.files[i] for i in indices], [self.names[i] for i in indices]
+        self.labels = self.labels[indices]
+        if self.images is not None:
+            for new, old in enumerate(indices if len(indices) < len(self.images) else []):
+                self.images[new] = self.images[old]  # in place: a copy would take the memory twice
+            self.images = self.images[: len(indices)]
 
     def _decode_all(self, folder: str | Path) -> None:
         images = torch.empty(len(self.files), 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -167,32 +207,67 @@ class ImageFolder(Dataset):
         good = [i for i, problem in enumerate(problems) if not problem]
         if not good:
             raise DataError(f"none of the {len(bad)} image files in {folder} can be read: give a folder of images")
-        for new, old in enumerate(good if bad else []):  # close the gaps in place: a copy would take the memory twice
-            images[new] = images[old]
-        self.images, self.files, self.left_out = images[:len(good)], [self.files[i] for i in good], len(bad)
+        self.images, self.left_out = images, len(bad)
+        self._keep(good)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> torch.Tensor:
-        """Image `i`, uint8 `[3, S, S]`. A file that cannot be read is named, and the next that can takes its place."""
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image `i`, uint8 `[3, S, S]`, and its row of `.labels`.
+
+        A file that cannot be read is named, and the next that can takes its place.
+        """
         if self.images is not None:
-            return self.images[i]
+            return self.images[i], self.labels[i]
         first = range(len(self))[i]
         for j in itertools.chain(range(first, len(self)), range(first)):
             try:
-                return torch.from_numpy(decode_image(self.files[j], self.image_size))
+                return torch.from_numpy(decode_image(self.files[j], self.image_size)), self.labels[j]
             except Exception as e:  # as in _decode_all
                 if j not in self._warned:
                     print(f"warning: cannot read {self.files[j]}: {_reason(e)}; using the next image", file=sys.stderr)
                     self._warned.add(j)
         raise DataError(f"none of the {len(self)} image files, from {self.files[0]} on, can be read")
 
-    def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Images `indices` as one uint8 batch `[B, 3, S, S]`; DataLoader calls this instead of B single look-ups."""
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels of `indices` as one batch; DataLoader calls this instead of B single look-ups."""
         if self.images is not None:
-            return self.images[torch.as_tensor(indices)]
-        return torch.stack([self[i] for i in indices])
+            indices = torch.as_tensor(indices)
+            return self.images[indices], self.labels[indices]
+        images, labels = zip(*(self[i] for i in indices))
+        return torch.stack(images), torch.stack(labels)
+
+
+def load_images(data: str, image_size: int, *, labels: str = "auto", keep: Callable[[str], bool] | None = None,
+                num_critters: int = 2000, seed: int = 0) -> ImageFolder:
+    """The images of a folder, or of the built-in critters where `data` is "critters"; see `ImageFolder`."""
+    if data != "critters":
+        return ImageFolder(data, image_size, labels=labels, keep=keep)
+    if labels not in LABEL_SOURCES:
+        raise DataError(f"critters come with their own types: leave out --labels {labels}, or say --labels none")
+    images, types = draw_critters(num_critters, image_size, seed)
+    dataset = ImageFolder.from_array(images) if labels == "none" else ImageFolder.from_array(images, types, TYPES)
+    if keep is not None:
+        dataset._keep([i for i, name in enumerate(dataset.names) if keep(name)])
+    return dataset
+
+
+def image_names(data: str, num_critters: int = 2000) -> list[str]:
+    """`ImageFolder.names` of `load_images`, without reading an image."""
+    if data == "critters":
+        return [f"{i:05d}" for i in range(num_critters)]
+    return relative_names(data, find_images(data))
+
+
+def held_out_names(names: Sequence[str], fraction: float) -> list[str]:
+    """The part of the images to keep aside from training, `fraction` of them in [0, 1), chosen by their names, and sorted.
+
+    Those whose names have the lowest hashes: the same ones on every machine, and nearly the same ones after a few
+    images were added or taken away.
+    """
+    by_hash = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    return sorted(by_hash[: round(fraction * len(names))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,13 +307,13 @@ class ShuffledBatches(Sampler):
         return max(0, self.last_step - self.first_step)
 
 
-def _as_is(batch: torch.Tensor) -> torch.Tensor:
+def _as_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return batch
 
 
 def make_loader(dataset: ImageFolder, batch_size: int, seed: int, first_step: int = 0, last_step: int | None = None,
                 workers: int = 0) -> DataLoader:
-    """Batches uint8 `[B, 3, S, S]` for the steps first_step ... last_step - 1, one a step.
+    """Batches (images uint8 `[B, 3, S, S]`, labels uint8 `[B, K]`) for the steps first_step ... last_step - 1.
 
     The result is the same for any number of `workers` (processes): they decode files and draw no random number. Images
     that are in memory need none.
@@ -247,87 +322,6 @@ def make_loader(dataset: ImageFolder, batch_size: int, seed: int, first_step: in
                       collate_fn=_as_is, num_workers=0 if dataset.images is not None else workers,
                       pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator())  # its own, so that starting a loader leaves torch's global one alone
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# augmentation
-
-AUGMENT_DIM = 5  # what the network is told: angle, brightness, contrast, saturation, hue
-AUGMENT_MODES = ("full", "flip", "none")
-MAX_ANGLE = math.radians(15)
-
-
-def augment(images: torch.Tensor, generator: torch.Generator | None = None,
-            mode: str = "full") -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 `[B, 3, S, S]` to (x_0 float32 `[B, 3, S, S]` in [-1, 1], told float32 `[B, 5]` in [-1, 1]).
-
-    Modes: "none"; "flip", a mirror image with probability 1/2; "full", also with probability 1/2 each a rotation of up
-    to 15 degrees, and a jitter of brightness, contrast, saturation (up to 20 % each) and hue (up to 5 % of the circle).
-
-    Non-leaking augmentation (Karras et al. 2022, "EDM", appendix F.2): the network is told in `told` what was done,
-    (angle / 15 degrees counter-clockwise, brightness, contrast, saturation, hue), zeros where nothing was, and zeros
-    when sampling: so samples are neither tilted nor tinted. A mirror image is not told: it is as good as the original.
-
-    Every call draws B x 8 numbers from `generator`, whatever the mode, on the generator's device (else the images').
-    An image that is not rotated is not resampled: it leaves as it came. Nothing here makes the host wait for a GPU.
-    """
-    if mode not in AUGMENT_MODES:
-        raise ValueError(f"mode is one of {', '.join(AUGMENT_MODES)}, not {mode!r}")
-    device = images.device if generator is None else generator.device
-    u = torch.rand(len(images), 8, generator=generator, device=device)
-    u = u.to(images.device, non_blocking=images.is_cuda)
-    coin, amount = u[:, :3] < 0.5, 2 * u[:, 3:] - 1  # three decisions [B, 3], five amounts [B, 5] in [-1, 1)
-    told = torch.zeros_like(amount)
-    flipped, rotated, jittered = coin[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
-    if mode != "none":
-        images = torch.where(flipped, images.flip(-1), images)
-    x = images.float() / 255
-    if mode == "full":
-        told = amount * torch.cat([coin[:, 1:2], coin[:, 2:].expand(-1, 4)], dim=1)
-        x = torch.where(rotated, _rotate(x, amount[:, 0] * MAX_ANGLE), x)
-        x = torch.where(jittered, _jitter(x, amount[:, 1:]), x)
-    return 2 * x - 1, told
-
-
-def _rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """Rotate x `[B, 3, S, S]` in [0, 1] counter-clockwise by `angle` `[B]`, radians, without a black corner."""
-    size = x.shape[-1]
-    border = torch.cat([x[:, :, 0], x[:, :, -1], x[:, :, :, 0], x[:, :, :, -1]], dim=-1)  # [B, 3, 4S]
-    background = border.sort(-1).values[:, :, 2 * size, None]  # the median; [B, 3, 1]
-    plain = ((border - background).abs() < 16 / 255).all(1).float().mean(-1) > 2 / 3  # [B]: one colour all around?
-    # What comes in at the corners: the picture's own background, which does not smear a creature that touches the
-    # edge, or the mirrored picture where there is no such colour. Zero is the background from here to the last line.
-    x = x - background[..., None]
-    pad = math.ceil(size * (math.cos(MAX_ANGLE) + math.sin(MAX_ANGLE) - 1) / 2) + 1
-    around = (pad,) * 4
-    x = torch.where(plain[:, None, None, None], F.pad(x, around), F.pad(x, around, mode="reflect"))
-    # Where each pixel of the result comes from: the inverse rotation, with y pointing down, -1 ... 1 across the padded
-    # picture. Not F.affine_grid, whose matrix product would lose its precision to TF32 or autocast.
-    centre = (2 * torch.arange(size, device=x.device) + 1 - size) / (size + 2 * pad)
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    grid = torch.stack([cos * centre - sin * centre[:, None], sin * centre + cos * centre[:, None]], dim=-1)
-    # Rounding can leave [0, 1] by 1e-8, and a gamma curve of a negative number is NaN: so clamp.
-    return (F.grid_sample(x, grid, align_corners=False) + background[..., None]).clamp(0, 1)
-
-
-def _jitter(x: torch.Tensor, amount: torch.Tensor) -> torch.Tensor:
-    """Change the colours of x `[B, 3, H, W]` in [0, 1] by `amount` `[B, 4]` in [-1, 1]; black and white stay exact.
-
-    The two curves fix 0 and 1; the two others add a term that is exactly zero for every grey. So a white background
-    stays white to the last bit.
-    """
-    brightness, contrast, saturation, hue = amount[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
-    x = x ** 1.2 ** -brightness  # a gamma curve
-    x = x + 0.4 * contrast * x * (1 - x) * (2 * x - 1)  # an S-curve that changes the slope at mid-grey by 20 %
-    r, g, b = x.split(1, dim=1)
-    luma = g + 0.299 * (r - g) + 0.114 * (b - g)  # written so that a grey's luma is that grey exactly
-    x = x + 0.2 * saturation * (x - luma)
-    # Rodrigues' rotation about the grey axis (1, 1, 1) / sqrt(3): x + (1 - cos) (mean - x) + sin k cross x
-    r, g, b = x.split(1, dim=1)
-    mean = g + ((r - g) + (b - g)) / 3
-    angle = 2 * math.pi * 0.05 * hue
-    x = x - (1 - angle.cos()) * (x - mean) + angle.sin() / math.sqrt(3) * torch.cat([b - g, r - b, g - r], dim=1)
-    return x.clamp(0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -347,11 +341,13 @@ def main() -> None:
     except DataError as e:
         sys.exit(f"error: {e}")
     print(f"{len(dataset)} images in {args.folder}, {dataset.left_out} files left out")
+    for name, count in zip(dataset.types, dataset.labels.sum(0, dtype=torch.long).tolist()):
+        print(f"{count:6d} {name}")
 
     # Eight images spread over the folder: each plain on the left, then augmented seven times. The grey lines between
     # the tiles belong to this drawing; anything else at a tile's border would be a mark of the augmentation.
     chosen = np.linspace(0, len(dataset) - 1, 8).round().astype(int).tolist()
-    images = dataset.__getitems__(chosen)
+    images, _ = dataset.__getitems__(chosen)
     generator = torch.Generator().manual_seed(args.seed)
     columns = [augment(images, generator, "none")[0]] + [augment(images, generator, "full")[0] for _ in range(7)]
     tiles = F.pad(torch.stack(columns, dim=1), (1, 1, 1, 1), value=0.5)  # [8, 8, 3, S + 2, S + 2]

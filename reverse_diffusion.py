@@ -28,6 +28,8 @@ def sample(
     sampler: str = "ddpm",
     steps: int | None = None,
     prediction: str = "eps",
+    types: torch.Tensor | None = None,
+    guidance: float = 1.0,
     eta: float = 0.0,
     seeds: Sequence[int] | None = None,
     clip: bool = True,
@@ -65,7 +67,7 @@ def sample(
     x_t = x_T
     for i, (t, s) in enumerate(zip(timesteps, timesteps[1:] + [-1])):  # one step goes from t to the less noisy s
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
-        output = model(x_t, t_batch).to(x_t.dtype)
+        output = _guided(model, x_t, t_batch, types, guidance).to(x_t.dtype)
         x_0 = scheduler.to_x_0(prediction, output, x_t, t_batch)
         if clip:
             x_0 = x_0.clamp(-1, 1)
@@ -87,6 +89,7 @@ def sample_seeds(
     device: torch.device,
     precision: str,
     *,
+    types: torch.Tensor | None = None,
     batch_size: int = 64,
     **options,
 ) -> torch.Tensor:
@@ -95,16 +98,28 @@ def sample_seeds(
     Image i depends on seeds[i] alone. `options` go to `sample`.
     """
 
-    def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    def network(x_t: torch.Tensor, t: torch.Tensor, *types: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
-            return model(x_t.contiguous(memory_format=memory_format(device)), t)
+            return model(x_t.contiguous(memory_format=memory_format(device)), t, *types)
 
     images = []
     for i in range(0, len(seeds), batch_size):
         batch = seeds[i : i + batch_size]
         x_T = seeded_noise(batch, (3, image_size, image_size), device)
-        images.append(sample(network, scheduler, x_T, seeds=batch, **options).float().cpu())
+        batch_types = None if types is None else types[i : i + batch_size].to(device)
+        images.append(sample(network, scheduler, x_T, seeds=batch, types=batch_types, **options).float().cpu())
     return torch.cat(images)
+
+
+def _guided(model, x_t: torch.Tensor, t: torch.Tensor, types: torch.Tensor | None, guidance: float) -> torch.Tensor:
+    """The network's output, pushed away from what it would say of images of any type (Ho & Salimans 2022)."""
+    if types is None:
+        return model(x_t, t)
+    if guidance == 1:
+        return model(x_t, t, types)
+    both = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([types, torch.zeros_like(types)]))
+    of_types, of_any = both.chunk(2)
+    return of_any + guidance * (of_types - of_any)
 
 
 def posterior(scheduler: NoiseScheduler, x_0: torch.Tensor, x_t: torch.Tensor, t: int, s: int):

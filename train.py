@@ -27,9 +27,9 @@ from torch import nn
 from torchvision.utils import save_image
 from tqdm import tqdm
 
+from augmentation import AUGMENT_MODES, augment
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from critters import draw_critters
-from dataset import AUGMENT_MODES, DataError, ImageFolder, augment, find_images, make_loader
+from dataset import DataError, find_images, held_out_names, image_names, load_images, make_loader
 from devices import PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
 from reverse_diffusion import SAMPLERS, sample_seeds
@@ -50,6 +50,9 @@ class Config:
 
     data: str = flag(POKEMON_FOLDER, "folder of images, at any depth; or 'critters', the built-in creatures")
     num_critters: int = flag(2000, "how many critters to draw, where those are the data")
+    labels: str = flag("auto", "the images' types; auto: labels.csv in the folder (columns file,types), else the names of "
+                               "its sub-folders; none; or another csv file")
+    holdout: float = flag(0.0, "share of the images kept aside from training, for evaluate.py; 0 to below 1")
     image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network")
     augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone", AUGMENT_MODES)
 
@@ -58,11 +61,12 @@ class Config:
     blocks: int = flag(2, "residual blocks a level")
     groups: int = flag(32, "groups of the group normalisations")
     dropout: float = flag(0.0, "in the residual blocks, from 0 to 1")
+    label_dropout: float = flag(0.1, "share of the images whose types are not told, so that the network also learns to "
+                                     "draw without; 0 to 1")
 
     timesteps: int = flag(1000, "steps T of the diffusion")
     schedule: str = flag("linear", "how the noise grows over the timesteps", SCHEDULES)
     prediction: str = flag("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
-
     loss_weighting: str = flag("uniform", "how the squared errors of the timesteps count", LOSS_WEIGHTINGS)
 
     epochs: int = flag(2000, "passes over the data")
@@ -79,6 +83,8 @@ class Config:
     num_samples: int = flag(16, "images in a sample grid")
     sampler: str = flag("ddim", "how a sample grid is drawn", SAMPLERS)
     sample_steps: int = flag(50, "network passes for a sample grid")
+    guidance: float = flag(1.0, "how strongly the images of a sample grid are pushed towards their types; 1: not beyond "
+                                "what the network says of them")
     milestone_every: int = flag(100, "epochs between checkpoints that are kept")
     save_every: float = flag(10.0, "minutes between saves of checkpoints/latest.pt")
 
@@ -102,8 +108,8 @@ PRESETS = {
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
-    "epochs", "max_steps", "sample_every", "num_samples", "sampler", "sample_steps", "milestone_every", "save_every",
-    "workers", "device", "precision", "run_name",
+    "epochs", "max_steps", "sample_every", "num_samples", "sampler", "sample_steps", "guidance", "milestone_every",
+    "save_every", "workers", "device", "precision", "run_name",
 }
 
 
@@ -128,8 +134,6 @@ def train(config: Config, checkpoint: dict | None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     outputs, checkpoints = run_folder("outputs", asdict(config)), run_folder("checkpoints", asdict(config))
 
-    # The network, its moving average, and the two things that change them.
-    torch.manual_seed(seed_from(config.seed, stream="weights"))
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
         dropout=config.dropout,
@@ -137,21 +141,37 @@ def train(config: Config, checkpoint: dict | None) -> None:
     if config.image_size % unet_config.size_multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {unet_config.size_multiple} that is at least 8, "
                          f"for this network; {config.image_size} is not")
+
+    # The data, without what is kept aside. A resumed run keeps aside what it kept before, whatever was added since.
+    if checkpoint is None:
+        held_out = held_out_names(image_names(config.data, config.num_critters), config.holdout)
+    else:
+        held_out = checkpoint["held_out"]
+    aside = set(held_out)
+    dataset = load_images(config.data, config.image_size, labels=config.labels, keep=lambda name: name not in aside,
+                          num_critters=config.num_critters, seed=config.seed)
+    if checkpoint is not None:
+        if len(dataset) != checkpoint["num_images"]:
+            raise ValueError(f"{config.data} has {len(dataset)} usable images and the run to resume had "
+                             f"{checkpoint['num_images']}; bring those back, or start another run with --run_name")
+        if list(dataset.types) != checkpoint["types"]:
+            raise ValueError(f"{config.data} has the types {' '.join(dataset.types) or '(none)'} and the run to resume "
+                             f"had {' '.join(checkpoint['types']) or '(none)'}; bring its labels back")
+    unet_config.num_types = len(dataset.types)
+
+    # The network, its moving average, and the two things that change them.
+    torch.manual_seed(seed_from(config.seed, stream="weights"))
     model = UNet(unet_config).to(device, memory_format=memory_format(device))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=device.type in ("cuda", "cpu"))
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule)
 
-    # The data, and what will happen.
-    dataset = load_images(config)
+    # Where it stands, and what will happen.
     steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     last_step = min(total_steps, config.max_steps or total_steps)
     step, history, loss_sum = 0, [], torch.zeros((), device=device)
     if checkpoint is not None:
-        if len(dataset) != checkpoint["num_images"]:
-            raise ValueError(f"{config.data} has {len(dataset)} usable images and the run to resume had "
-                             f"{checkpoint['num_images']}; bring those back, or start another run with --run_name")
         model.load_state_dict(checkpoint["model"])
         ema.load_state_dict(checkpoint["ema"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -161,7 +181,10 @@ def train(config: Config, checkpoint: dict | None) -> None:
     print(f"device     {describe(device)}, {precision}")
     print(f"network    {count_parameters(model):,} parameters, predicting {config.prediction} on the {config.schedule} "
           f"schedule")
-    print(f"images     {len(dataset):,} of {config.image_size} x {config.image_size}, augmentation: {config.augment}")
+    print(f"images     {len(dataset):,} of {config.image_size} x {config.image_size}, augmentation: {config.augment}"
+          + (f"; {len(held_out):,} kept aside" if held_out else ""))
+    if dataset.types:
+        print(f"types      {', '.join(dataset.types)}")
     print(f"training   {config.epochs:,} epochs of {steps_per_epoch:,} steps of {config.batch_size} images; "
           f"grids in {outputs}/, weights in {checkpoints}/")
     if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
@@ -170,7 +193,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
     def save(path: Path, **more) -> None:
         save_checkpoint(path, ema=ema.state_dict(), unet=asdict(unet_config), scheduler=scheduler.config(),
-                        config=asdict(config), step=step, epoch=step // steps_per_epoch, **more)
+                        config=asdict(config), types=list(dataset.types), held_out=held_out, step=step, epoch=step // steps_per_epoch, **more)
 
     def save_latest() -> None:
         save(checkpoints / "latest.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), history=history,
@@ -192,7 +215,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     started = saved = epoch_started = time.monotonic()
     first_step = step
 
-    for images in make_loader(dataset, config.batch_size, config.seed, step, last_step, config.workers):
+    for images, types in make_loader(dataset, config.batch_size, config.seed, step, last_step, config.workers):
         # All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly.
         generator.manual_seed(seed_from(config.seed, step, stream="step"))
         if config.dropout:
@@ -201,9 +224,11 @@ def train(config: Config, checkpoint: dict | None) -> None:
         t = draw_timesteps(len(x_0), config.timesteps, generator)
         noise = torch.randn(x_0.shape, generator=generator, device=device)
         x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(device))
+        told_types = torch.rand(len(x_0), 1, generator=generator, device=device) >= config.label_dropout
+        types = types.to(device, non_blocking=True) * told_types
 
         with autocast(device, precision):
-            output = model(x_t, t, augmentation=told)
+            output = model(x_t, t, types, augmentation=told)
         error = F.mse_loss(output.float(), scheduler.target(config.prediction, x_0, t, noise), reduction="none")
         loss = (error.mean(dim=(1, 2, 3)) * scheduler.loss_weight(config.loss_weighting, config.prediction, t)).mean()
         loss.backward()
@@ -251,6 +276,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
             images = sample_seeds(
                 ema, scheduler, range(config.num_samples), config.image_size, device, precision,
                 sampler=config.sampler, steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
+                types=each_type_in_turn(config.num_samples, len(dataset.types)),
+                guidance=config.guidance if dataset.types else 1.0,
             )
             path = outputs / f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
             nrow = math.ceil(math.sqrt(len(images)))
@@ -289,12 +316,9 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return config.lr * rise * fall
 
 
-def load_images(config: Config) -> ImageFolder:
-    """The images to train on: of the folder named, or the built-in critters."""
-    if config.data != "critters":
-        return ImageFolder(config.data, config.image_size)
-    images, _ = draw_critters(config.num_critters, config.image_size, config.seed)
-    return ImageFolder.from_array(images)
+def each_type_in_turn(num_images: int, num_types: int) -> torch.Tensor | None:
+    """The types [num_images, num_types] of a sample grid: a single one each, in their order, over and over."""
+    return torch.eye(num_types)[torch.arange(num_images) % num_types] if num_types else None
 
 
 class StopOnSignal:
@@ -374,7 +398,7 @@ def find_run(latest: Path, resume: bool) -> dict | None:
                              f"a folder of its own: --run_name NAME")
         return None
     checkpoint = load_checkpoint(latest)
-    missing = {"model", "ema", "optimizer", "step", "history", "loss_sum", "num_images", "config"} - checkpoint.keys()
+    missing = {"model", "ema", "optimizer", "step", "history", "loss_sum", "num_images", "config", "types", "held_out"} - checkpoint.keys()
     if missing or set(checkpoint["config"]) != {setting.name for setting in fields(Config)}:
         raise CheckpointError(f"{latest} cannot be resumed: it is not the latest.pt of a run of this version")
     return checkpoint
@@ -405,8 +429,11 @@ def settle(given: dict, checkpoint: dict | None) -> Config:
             raise ValueError(f"--{name} must be 0 or more, not {getattr(config, name)}")
     if not math.isfinite(config.lr):
         raise ValueError(f"--lr must be a finite number, not {config.lr}")
-    if not 0 <= config.ema_decay < 1:
-        raise ValueError(f"--ema_decay must be in [0, 1), not {config.ema_decay}")
+    for name in ("ema_decay", "holdout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be in [0, 1), not {getattr(config, name)}")
+    if not 0 <= config.label_dropout <= 1:
+        raise ValueError(f"--label_dropout must be in [0, 1], not {config.label_dropout}")
     return config
 
 

@@ -3,7 +3,7 @@
     python unet.py                                                    # the reference network: 54,195,523 parameters
     python unet.py --width 32 --multipliers 1 2 4 --image_size 32     # any other size of the same class
 
-The shape is that of Ho et al. (2020), appendix B, with the timestep entering each block as a scale and a shift
+It can also be told what the image shows: a set of types, such as fire and flying. The shape is that of Ho et al. (2020), appendix B, with the timestep entering each block as a scale and a shift
 (Dhariwal & Nichol 2021, "adaptive group normalisation").
 """
 
@@ -31,6 +31,7 @@ class UNetConfig:
     groups: int = 32  # of the group normalisations
     dropout: float = 0.0  # inside of the residual blocks, while training
     augment_dim: int = 5  # numbers that can tell the network how its image was augmented; they cost no parameter
+    num_types: int = 0  # kinds of thing that an image can be told to show; 0: the network is unconditional
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
@@ -38,6 +39,8 @@ class UNetConfig:
             self.head_width = math.gcd(64, self.widths[-1])
         if min(self.channels, self.width, self.blocks, self.head_width, self.groups, *self.multipliers) < 1:
             raise ValueError(f"every size of the network must be at least 1: {self}")
+        if self.num_types < 0:
+            raise ValueError(f"num_types must be 0 or more, not {self.num_types}")
         for width in {self.width, *self.widths}:
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be normalised in {self.groups} groups; "
@@ -62,7 +65,7 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """`model(x_t, t)` -> a tensor of the shape of x_t: eps, v or x_0, whichever it was trained for.
+    """`model(x_t, t[, types])` -> a tensor of the shape of x_t: eps, v or x_0, whichever it was trained for.
 
     Args:
         config: the sizes. None: the reference network, 54,195,523 parameters; 18.0 GFLOP an image at 64x64.
@@ -70,6 +73,8 @@ class UNet(nn.Module):
     Shapes:
         x_t: [B, channels, H, W], float; H and W multiples of `config.size_multiple` (8 for the reference network).
         t: [B], integers in 0 ... T-1.
+        types: [B, num_types], 1 for each type that the image has and 0 for the others, or None. A row of zeros, or
+            None, says nothing: the network then answers for images of any type.
         augmentation: [B, augment_dim], each in [-1, 1], or None: what was done to the pictures (`dataset.augment`
             returns it). None, or zeros, says that nothing was: that is how to sample.
     """
@@ -85,6 +90,12 @@ class UNet(nn.Module):
         # orthogonal to each other and as loud as the timestep's own embedding (both have norm sqrt(width / 2)).
         row, column = torch.arange(config.augment_dim)[:, None] + 1, torch.arange(config.width)[None] + 0.5
         self.register_buffer("augment_waves", torch.cos(math.pi * row * column / config.width), persistent=False)
+
+        if config.num_types:
+            # A vector a type, added up over an image's types: "fire flying" is a set and has no order. Nothing is added
+            # where no type is told, so the unconditional answer needs no vector of its own.
+            self.type_vectors = nn.Linear(config.num_types, emb_width, bias=False)
+            nn.init.normal_(self.type_vectors.weight, std=0.02)
 
         def block(c_in: int, c_out: int) -> ResBlock:
             return ResBlock(c_in, c_out, emb_width, config)
@@ -117,11 +128,15 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)  # the first answer is 0, the mean of what it will be asked for
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, *, augmentation: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, types: torch.Tensor | None = None, *,
+                augmentation: torch.Tensor | None = None) -> torch.Tensor:
         emb = timestep_embedding(t, self.config.width)
         if augmentation is not None:
             emb = emb + augmentation @ self.augment_waves
-        emb = F.silu(self.time_mlp(emb.to(self.conv_in.weight.dtype)))
+        emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))
+        if types is not None and self.config.num_types:
+            emb = emb + self.type_vectors(types.to(emb.dtype))
+        emb = F.silu(emb)
 
         h = self.conv_in(x_t)
         skips = [h]
@@ -202,7 +217,10 @@ def describe(model: UNet, image_size: int) -> str:
     """The network as a table: a line a level with its resolution, width, blocks and parameters, then the total."""
     config, levels = model.config, len(model.config.widths)
     side = [image_size // 2**level for level in range(levels)]
-    rows = [("timestep", "", 4 * config.width, "", model.time_mlp), ("in", side[0], config.width, "", model.conv_in)]
+    rows = [("timestep", "", 4 * config.width, "", model.time_mlp)]
+    if config.num_types:
+        rows.append(("types", "", 4 * config.width, "", model.type_vectors))
+    rows.append(("in", side[0], config.width, "", model.conv_in))
     for level, blocks in enumerate(model.down):
         rows.append((f"down {level + 1}", side[level], config.widths[level], len(blocks), blocks))
     rows.append(("middle", side[-1], config.widths[-1], "2 + attention", model.middle))
@@ -225,10 +243,12 @@ def main() -> None:
                         help="of the width, one a level (default: 1 2 4 8)")
     parser.add_argument("--blocks", type=int, default=2, help="residual blocks a level (default: 2)")
     parser.add_argument("--groups", type=int, default=32, help="groups of the normalisations (default: 32)")
+    parser.add_argument("--num_types", type=int, default=0, help="kinds of thing it can be told to draw (default: 0)")
     parser.add_argument("--image_size", type=int, default=64, help="side of the image, in pixels (default: 64)")
     args = parser.parse_args()
     try:
-        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups))
+        model = UNet(UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups,
+                                num_types=args.num_types))
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.image_size < 1 or args.image_size % model.config.size_multiple:

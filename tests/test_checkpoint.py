@@ -155,7 +155,7 @@ def test_load_model_rebuilds_the_network_and_the_scheduler(saved):
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 76])
     assert not model.training and model(x, t).equal(original(x, t)) and model.config == original.config
     assert scheduler.config() == NoiseScheduler(77, schedule="cosine").config()
-    assert config == dict(prediction="v", image_size=8)
+    assert config == dict(prediction="v", image_size=8, types=())  # a checkpoint without types is unconditional
 
 
 @pytest.mark.parametrize("key", ["ema", "unet", "scheduler", "config"])

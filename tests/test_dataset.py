@@ -1,9 +1,8 @@
-"""Tests of dataset.py: decoding of every format, broken files, order and resuming, augmentation without a mark.
+"""Tests of dataset.py: decoding of every format, broken files, labels, what is held out, order and resuming.
 
     python -m pytest tests/test_dataset.py
 """
 
-import colorsys
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import dataset as data  # noqa: E402
-from dataset import (DataError, ImageFolder, ShuffledBatches, augment, decode_image, find_images,  # noqa: E402
+from dataset import (DataError, ImageFolder, ShuffledBatches, decode_image, find_images,  # noqa: E402
                      make_loader)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -265,9 +264,9 @@ def test_in_memory_and_as_needed_are_equal(tmp_path):
     assert kept.images is not None and read.images is None
     assert kept.files == read.files and len(kept) == len(read) == 6
     for i in range(6):
-        assert kept[i].dtype == read[i].dtype == torch.uint8 and torch.equal(kept[i], read[i])
-    assert torch.equal(kept.__getitems__([4, 5, 0, 4]), read.__getitems__([4, 5, 0, 4]))
-    assert torch.equal(read.__getitems__([4, 5])[1], torch.from_numpy(decode_image(tmp_path / "q.jpg", 16)))
+        assert kept[i][0].dtype == read[i][0].dtype == torch.uint8 and torch.equal(kept[i][0], read[i][0])
+    assert torch.equal(kept.__getitems__([4, 5, 0, 4])[0], read.__getitems__([4, 5, 0, 4])[0])
+    assert torch.equal(read.__getitems__([4, 5])[0][1], torch.from_numpy(decode_image(tmp_path / "q.jpg", 16)))
     for dataset in (kept, read):
         with pytest.raises(IndexError):
             dataset[6]
@@ -278,7 +277,7 @@ def test_as_needed_a_broken_file_is_replaced_by_the_next(tmp_path, capsys):
     (tmp_path / "002.png").write_bytes(b"")
     (tmp_path / "004.png").write_bytes(b"")
     dataset = ImageFolder(tmp_path, 16, memory_limit=0)
-    assert [int(dataset[i][0, 0, 0]) for i in [0, 1, 2, 3, 4, 2]] == [0, 7, 21, 21, 0, 21]
+    assert [int(dataset[i][0][0, 0, 0]) for i in [0, 1, 2, 3, 4, 2]] == [0, 7, 21, 21, 0, 21]
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 2 and "002.png" in lines[0] and "004.png" in lines[1]  # once each
 
@@ -288,7 +287,7 @@ def test_from_array():
     for images in (array, array.transpose(0, 3, 1, 2), torch.from_numpy(array)):
         dataset = ImageFolder.from_array(images)
         assert len(dataset) == len(dataset.files) == 4 and dataset.image_size == 16
-        assert np.array_equal(dataset[2].numpy(), array[2].transpose(2, 0, 1))
+        assert np.array_equal(dataset[2][0].numpy(), array[2].transpose(2, 0, 1))
     for wrong in (array.astype(np.float32), array[..., 0], array[:, :8], array[:0]):
         with pytest.raises(ValueError):
             ImageFolder.from_array(wrong)
@@ -356,8 +355,7 @@ def test_loader_is_the_same_for_any_number_of_workers(tmp_path):
     (tmp_path / "004.png").write_bytes(b"")
 
     def batches(first, workers, memory_limit=0):
-        loader = make_loader(ImageFolder(tmp_path, 16, memory_limit), 4, 5, first, 7, workers)
-        return list(loader)
+        return [images for images, _ in make_loader(ImageFolder(tmp_path, 16, memory_limit), 4, 5, first, 7, workers)]
 
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -371,155 +369,3 @@ def test_loader_is_the_same_for_any_number_of_workers(tmp_path):
     (tmp_path / "004.png").unlink()
     read, kept = batches(0, 0), batches(0, 2, memory_limit=None)
     assert all(torch.equal(a, b) for a, b in zip(read, kept, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# augmentation
-
-
-def generator(seed=0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def noise(count=64, size=16) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator(9))
-
-
-def on_white(count=64, size=32, colour=0) -> torch.Tensor:
-    """White pictures with a square blob of grey level `colour` in the centre."""
-    images = torch.full((count, 3, size, size), 255, dtype=torch.uint8)
-    images[:, :, size // 4:-size // 4, size // 4:-size // 4] = colour
-    return images
-
-
-@pytest.mark.parametrize("mode", data.AUGMENT_MODES)
-@pytest.mark.parametrize("size", [16, 33, 64])
-@pytest.mark.parametrize("level, value", [(255, 1.0), (0, -1.0)])
-def test_white_stays_white_and_black_stays_black(mode, size, level, value):
-    images = torch.full((256, 3, size, size), level, dtype=torch.uint8)
-    x_0, told = augment(images, generator(size), mode)
-    assert (x_0 == value).all()  # to the last bit
-    assert mode != "full" or (told != 0).any(0).all()
-
-
-def test_no_dark_corner_and_no_grey_background():
-    x_0, told = augment(on_white(512), generator(), "full")
-    assert (told[:, 0].abs() > 0.9).any()  # rotations near 15 degrees are among them
-    frame = torch.ones(32, 32, dtype=torch.bool)
-    frame[3:-3, 3:-3] = False  # the blob's corners reach to 32/4 * sqrt(2) from the centre: never here
-    assert (x_0[:, :, frame] == 1).all()
-    assert (x_0[:, :, 16, 16] == -1).all()  # and the black blob is as black as before
-
-
-def test_what_comes_in_at_the_corners():
-    angle = torch.linspace(-data.MAX_ANGLE, data.MAX_ANGLE, 64)
-    x = torch.tensor([0.8, 0.5, 0.2])[:, None, None].expand(64, 3, 32, 32)
-    assert torch.equal(data._rotate(x, angle), x)
-
-    # A spot near a corner, and a creature that is cut by the edge: as if the white paper went on for ever.
-    x = on_white(64, colour=90).float() / 255
-    x[:, :, 27:30, 26:29], x[:, :, 20:, 10:20] = 0.2, 0.3
-    paper = torch.nn.functional.pad(x, (16,) * 4, value=1.0)
-    assert torch.allclose(data._rotate(x, angle), data._rotate(paper, angle)[:, :, 16:-16, 16:-16], atol=1e-4)
-
-    # A picture without a background goes on as its mirror image: a level from left to right stays one in the corners.
-    x = torch.linspace(0.2, 0.8, 32).expand(64, 3, 32, 32)
-    rotated = data._rotate(x, angle)
-    assert rotated.min() >= 0.2 - 1e-6 and rotated.max() <= 0.8 + 1e-6
-    assert rotated[:, :, [0, -1], 0].max() < 0.4 and rotated[:, :, [0, -1], -1].min() > 0.6
-
-
-def test_told_is_zero_exactly_where_a_picture_is_plain():
-    images = noise(400)
-    plain = images.float() / 255 * 2 - 1
-    x_0, told = augment(images, generator(), "full")
-    same = (x_0 == plain).flatten(1).all(1) | (x_0 == plain.flip(-1)).flatten(1).all(1)  # or mirrored; bit by bit
-    assert torch.equal(same, (told == 0).all(1))
-    assert 60 < same.sum() < 140  # a quarter: neither rotated nor jittered
-    assert told.dtype == torch.float32 and told.shape == (400, data.AUGMENT_DIM)
-    assert told.abs().max() <= 1 and (told.abs().amax(0) > 0.95).all() and (told.mean(0).abs() < 0.1).all()
-    rotated, jittered = told[:, 0] != 0, told[:, 1:] != 0
-    assert torch.equal(jittered.any(1), jittered.all(1))  # the jitter comes as a group
-    assert 150 < rotated.sum() < 250 and 150 < jittered.all(1).sum() < 250
-    assert 60 < (rotated & jittered.all(1)).sum() < 140  # each for itself
-
-
-def test_only_the_jitter_touches_a_picture_that_is_not_rotated():
-    """The colours change pixel by pixel: pixels that were equal stay equal, which resampling would undo."""
-    images = 50 + 100 * torch.randint(0, 2, (200, 1, 16, 16), generator=generator(2), dtype=torch.uint8)
-    images = images.expand(-1, 3, -1, -1)
-    x_0, told = augment(images, generator(), "full")
-    levels = torch.tensor([len(image.unique()) for image in x_0])
-    assert (levels[told[:, 0] == 0] == 2).all() and (levels[told[:, 0].abs() > 0.1] > 2).all()
-
-
-@pytest.mark.parametrize("mode", ["flip", "none"])
-def test_flip_and_none(mode):
-    images = noise(400)
-    x_0, told = augment(images, generator(), mode)
-    plain = images.float() / 255 * 2 - 1
-    same, mirrored = (x_0 == plain).flatten(1).all(1), (x_0 == plain.flip(-1)).flatten(1).all(1)
-    assert (told == 0).all() and told.shape == (400, 5) and (same | mirrored).all()
-    assert 150 < mirrored.sum() < 250 if mode == "flip" else same.all()
-    assert torch.equal(((x_0 + 1) * 127.5).round().to(torch.uint8)[same], images[same])  # [-1, 1] is [0, 255]
-
-
-def test_the_result_is_finite_and_within_range():
-    """Black on nearly white: rounding in the rotation must not hand the gamma curve a number below zero."""
-    images = on_white(256) - (on_white(256) == 255).to(torch.uint8)  # 254, as JPEG has it
-    x_0, _ = augment(images, generator(), "full")
-    assert x_0.isfinite().all() and x_0.min() == -1 and 0.99 < x_0.max() <= 1
-
-
-def test_unknown_mode():
-    with pytest.raises(ValueError, match="full, flip, none"):
-        augment(noise(1), generator(), "all")
-
-
-def test_same_generator_same_result_and_same_number_of_draws():
-    images, states = noise(), []
-    for mode in data.AUGMENT_MODES:
-        a, b = generator(4), generator(4)
-        for _ in range(2):
-            (x_a, told_a), (x_b, told_b) = augment(images, a, mode), augment(images, b, mode)
-            assert torch.equal(x_a, x_b) and torch.equal(told_a, told_b)
-        states.append(a.get_state())
-    assert all(torch.equal(state, states[0]) for state in states)
-    assert not torch.equal(augment(images, generator(4))[1], augment(images, generator(5))[1])
-    assert augment(images)[0].shape == images.shape  # without a generator: torch's global one
-
-
-def test_the_angle_told_is_the_true_one():
-    """A black dot straight above the centre, which a mirror image leaves in place; its centroid gives the angle."""
-    images = torch.full((200, 3, 64, 64), 255, dtype=torch.uint8)
-    images[:, :, 8:12, 30:34] = 0
-    x_0, told = augment(images, generator(), "full")
-    weight = (1 - x_0.mean(1)) / 2
-    place = torch.arange(64) - 31.5
-    x = (weight * place).sum((1, 2)) / weight.sum((1, 2))
-    y = (weight * place[:, None]).sum((1, 2)) / weight.sum((1, 2))
-    angle = torch.rad2deg(torch.atan2(-x, -y))  # counter-clockwise from straight up; y points down
-    assert (angle - 15 * told[:, 0]).abs().max() < 0.3
-    assert ((x**2 + y**2).sqrt() - 22).abs().max() < 0.2  # about the centre, and not scaled
-
-
-def test_jitter_does_what_is_told():
-    def jitter(rgb, **told):
-        amount = torch.tensor([[told.get(name, 0.0) for name in ("brightness", "contrast", "saturation", "hue")]])
-        return data._jitter(torch.tensor(rgb).view(1, 3, 1, 1), amount).flatten().tolist()
-
-    colour = [0.7, 0.4, 0.3]
-    assert jitter(colour) == pytest.approx(colour, abs=1e-6)
-    assert jitter([0.5] * 3, brightness=1.0) == pytest.approx([0.5 ** (1 / 1.2)] * 3)
-    assert jitter([0.5] * 3, brightness=-1.0) == pytest.approx([0.5 ** 1.2] * 3)
-    for sign in (-1.0, 1.0):
-        low, middle, high = (jitter([0.5 + d] * 3, contrast=sign)[0] for d in (-0.01, 0.0, 0.01))
-        assert middle == pytest.approx(0.5) and (high - low) / 0.02 == pytest.approx(1 + 0.2 * sign, abs=0.01)
-        turned = colorsys.rgb_to_hsv(*jitter(colour, hue=sign))[0] - colorsys.rgb_to_hsv(*colour)[0]
-        assert (turned + 0.5) % 1 - 0.5 == pytest.approx(0.05 * sign, abs=0.01)
-        result = jitter(colour, saturation=sign)
-        luma = 0.299 * 0.7 + 0.587 * 0.4 + 0.114 * 0.3
-        assert result == pytest.approx([luma + (1 + 0.2 * sign) * (c - luma) for c in colour], abs=1e-6)
-    for grey in (0.0, 0.25, 0.8, 1.0):  # a grey stays that grey when hue and saturation change
-        assert jitter([grey] * 3, saturation=1.0, hue=-1.0) == [pytest.approx(grey, abs=1e-7)] * 3
-    assert all(0 <= c <= 1 for c in jitter([1.0, 0.0, 0.0], brightness=1.0, contrast=1.0, saturation=1.0, hue=1.0))

@@ -163,3 +163,38 @@ def test_every_parameter_gets_a_gradient():
 def test_impossible_networks_are_refused(wrong):
     with pytest.raises(ValueError):
         UNetConfig(**wrong)
+
+
+def conditional() -> UNet:
+    """A network of three types whose answer depends on everything that it is given."""
+    torch.manual_seed(0)
+    model = UNet(UNetConfig(width=8, multipliers=(1, 2), blocks=1, groups=4, num_types=3)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_types_are_a_set_and_zeros_say_nothing():
+    model = conditional()
+    x, t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((4,), 50)
+    types = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]])  # integers are welcome too
+    with torch.no_grad():
+        told, untold = model(x[:1].expand(4, -1, -1, -1), t, types), model(x[:1], t[:1])
+        assert torch.allclose(told[:1], untold, atol=1e-5)
+        assert all((told[i] - told[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+        # The vectors of an image's types are added up.
+        emb = model.type_vectors(types.float())
+        assert torch.allclose(emb[3], emb[1] + emb[2]) and (emb[0] == 0).all()
+
+
+def test_types_cost_their_vectors_and_nothing_else():
+    assert count_parameters(UNet(UNetConfig(num_types=18))) == 54_195_523 + 18 * 256
+    with pytest.raises(ValueError, match="num_types"):
+        UNetConfig(num_types=-1)
+
+
+def test_an_unconditional_network_has_no_type_vectors():
+    model = UNet(UNetConfig(width=8, multipliers=(1,), blocks=1, groups=4))
+    assert not [name for name in model.state_dict() if "type" in name]
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
+    assert torch.equal(model(x, t, torch.zeros(2, 0)), model(x, t))

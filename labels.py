@@ -1,0 +1,108 @@
+"""What the pictures show: types, from a labels.csv or from the names of sub-folders, as sets of words.
+
+    labels = find_labels("data/critters", names)        # [("fire",), ("grass", "flying"), (), ...], or None
+    types = sorted(set().union(*labels))                # ["fire", "flying", "grass"]
+    rows = multi_hot(labels, types)                     # uint8 [N, 3], what the network is told
+
+A labels.csv lies in the folder of images and has the columns `file` and `types`; several types are separated by spaces:
+
+    file,types
+    0001.png,fire flying
+
+Without one, the sub-folder that a picture lies in is its type, as in torchvision's ImageFolder.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+LABEL_SOURCES = ("auto", "none")  # or the path of a csv file
+
+
+class LabelError(Exception):
+    """A problem with the user's labels. Its message is one line: what is wrong, where, and what to do."""
+
+
+def find_labels(folder: str | Path, names: Sequence[str], source: str = "auto") -> list[tuple[str, ...]] | None:
+    """The types of each picture of `folder`, or None where there are none to tell apart.
+
+    Args:
+        names: the pictures' paths relative to the folder, with forward slashes.
+        source: "auto": labels.csv in the folder, else the names of its sub-folders; "none"; or the path of a csv file.
+
+    Returns:
+        A tuple of types for each name, in lower case; empty for a picture without a label.
+
+    Raises:
+        LabelError: for a csv file that is missing, malformed, or of other pictures.
+    """
+    if source == "none":
+        return None
+    path = Path(source) if source != "auto" else Path(folder).expanduser() / "labels.csv"
+    if source != "auto" or path.exists():
+        table = read_labels(path)
+        labels = [table.get(name, table.get(name.rsplit("/", 1)[-1], ())) for name in names]
+        if not any(labels):
+            raise LabelError(f"{path} names none of the images in {folder}: its column 'file' must hold their names")
+        return labels
+    labels = [tuple(split_types(name.split("/", 1)[0])) if "/" in name else () for name in names]
+    return labels if len(set(labels) - {()}) > 1 else None  # a single sub-folder tells nothing apart
+
+
+def read_labels(path: str | Path) -> dict[str, tuple[str, ...]]:
+    """A csv file with the columns `file` and `types` (others are ignored) as {file: types}.
+
+    Raises:
+        LabelError: if it cannot be read, lacks a column, or names a file twice.
+    """
+    table: dict[str, tuple[str, ...]] = {}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # -sig: spreadsheets begin a file with a mark
+            rows = csv.DictReader(file)
+            missing = {"file", "types"} - set(rows.fieldnames or ())
+            if missing:
+                raise LabelError(f"{path} has no column {' and no column '.join(map(repr, sorted(missing)))}: its first "
+                                 f"line must be file,types")
+            for row in rows:
+                name = (row["file"] or "").strip().replace("\\", "/")
+                if name in table:
+                    raise LabelError(f"{path}, line {rows.line_num}: {name!r} is there twice; keep one line, with all "
+                                     f"of its types in one cell, separated by spaces")
+                table[name] = tuple(split_types(row["types"] or ""))
+    except OSError as error:
+        raise LabelError(f"cannot read the labels in {path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise LabelError(f"{path} is not a csv file in UTF-8: {error}") from error
+    return table
+
+
+def split_types(text: str) -> list[str]:
+    """The words of "fire flying", in lower case, each once, in their order."""
+    return list(dict.fromkeys(text.lower().split()))
+
+
+def parse_types(text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The types of "fire flying", as a user asks for them.
+
+    Raises:
+        ValueError: if there is none, or one that is not among the `known`.
+    """
+    types = split_types(text)
+    unknown = [name for name in types if name not in known]
+    if unknown or not types:
+        wrong = f"unknown type {', '.join(map(repr, unknown))}" if unknown else "no type given"
+        raise ValueError(f"{wrong}: choose one or more of {', '.join(known)}")
+    return tuple(types)
+
+
+def multi_hot(labels: Sequence[Sequence[str]], types: Sequence[str]) -> np.ndarray:
+    """uint8 [len(labels), len(types)]: 1 where a picture has a type, 0 elsewhere."""
+    column = {name: i for i, name in enumerate(types)}
+    rows = np.zeros((len(labels), len(types)), np.uint8)
+    for row, names in zip(rows, labels):
+        row[[column[name] for name in names]] = 1
+    return rows
