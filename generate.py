@@ -1,8 +1,12 @@
 """From a checkpoint to pictures.
 
-    python generate.py                                                       # the newest checkpoint, 64 images
+    python generate.py                                                # the newest checkpoint, 64 images
     python generate.py --checkpoint checkpoints/final_model.pt --num_images 64
-    python generate.py --seed 7 --num_images 4 --individual                  # also one PNG each
+    python generate.py --types "fire flying" --guidance 3             # what they are to show
+    python generate.py --types all                                    # a row a type
+    python generate.py --gif                                          # also how they came out of the noise
+    python generate.py --interpolate 3 8                              # from the image of one seed to that of another
+    python generate.py --init_image drawing.png --strength 0.6        # from a picture of yours
 
 The grid goes to outputs/generated.png. Image i depends on seed + i alone, whatever the number or the batch size.
 """
@@ -12,16 +16,36 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, newest_checkpoint
+from dataset import decode_image
 from devices import DEVICES, PRECISIONS, describe, memory_format, pick_device, pick_precision
-from reverse_diffusion import SAMPLERS, sample_seeds
+from flags import Parser, finite, fraction, natural, positive, strength
+from forward_diffusion import NoiseScheduler
+from labels import multi_hot, parse_types
+from pictures import SUFFIXES, enlarge, grid, save_animation, save_picture, to_image, to_pixels
+from reverse_diffusion import DEFAULT_GUIDANCE, SAMPLERS, VARIANCES, sample_seeds, seeded_noise, slerp
+
+DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20}
+GIF_FRAMES = 48
+
+
+@dataclass
+class Plan:
+    """Which pictures to draw, a seed and a set of types each, and how they stand in the grid."""
+
+    seeds: list[int]
+    types: list[tuple[str, ...]]  # () for any
+    columns: int
+    row_names: Sequence[str] = ()
+    x_T: torch.Tensor | None = None  # what to start from, [N, 3, S, S]; None: the seeds' own noise
+    start: int | None = None  # the timestep of x_T; None: the last
 
 
 def main() -> None:
@@ -31,19 +55,36 @@ def main() -> None:
         precision = pick_precision(args.precision, device)
         checkpoint = args.checkpoint or newest_checkpoint()
         model, scheduler, config = load_model(checkpoint, device)
-        sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
-        print(f"{checkpoint}: {args.num_images} images of {config['image_size']} x {config['image_size']}, "
-              f"{sampler} in {steps} steps, on {describe(device)}, {precision}")
-        prepare_output(args)
-        seeds = range(args.seed, args.seed + args.num_images)
         model.to(memory_format=memory_format(device))
-        with tqdm(total=steps * math.ceil(len(seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
+        plan = make_plan(args, scheduler, config)
+        sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
+        guidance = choose_guidance(args, plan, config["types"])
+        prepare_output(args)
+        settings = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps, guidance=guidance)
+        settings |= {"eta": args.eta} if sampler == "ddim" else {"variance": args.variance} if sampler == "ddpm" else {}
+        if args.init_image:
+            settings |= dict(init_image=args.init_image.name, strength=args.strength)
+        print(f"{checkpoint}: {len(plan.seeds)} images of {config['image_size']} x {config['image_size']}, {sampler} in "
+              f"{steps} steps" + (f", guidance {guidance:g}" if any(plan.types) else "")
+              + f", on {describe(device)}, {precision}")
+
+        frames: dict[int, list[torch.Tensor]] = {}  # of the animation: step -> the x_t of each batch
+        with tqdm(total=steps * math.ceil(len(plan.seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
+            def after_step(i: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
+                bar.update()
+                if args.gif and (i % math.ceil(steps / GIF_FRAMES) == 0 or i == steps - 1):
+                    frames.setdefault(i, []).append(to_pixels(x_t).cpu())
+
             images = sample_seeds(
-                model, scheduler, seeds, config["image_size"], device, precision, batch_size=args.batch_size,
-                sampler=sampler, steps=steps, prediction=config["prediction"], eta=args.eta,
-                callback=lambda *_: bar.update(),
+                model, scheduler, plan.seeds, config["image_size"], device, precision, batch_size=args.batch_size,
+                types=torch.from_numpy(multi_hot(plan.types, config["types"])).float() if any(plan.types) else None,
+                x_T=plan.x_T, sampler=sampler, steps=steps, prediction=config["prediction"], guidance=guidance,
+                eta=args.eta, variance=args.variance, start=plan.start, callback=after_step,
             )
-        write(images, args)
+        write(to_pixels(images), plan, args, settings)
+        if args.gif:
+            sheets = [grid(torch.cat(batches), plan.columns, args.scale, plan.row_names) for batches in frames.values()]
+            write_animation(sheets, args.output)
     except (ValueError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
@@ -52,17 +93,64 @@ def main() -> None:
         sys.exit(130)
 
 
+def make_plan(args: argparse.Namespace, scheduler: NoiseScheduler, config: dict) -> Plan:
+    """The pictures that the flags ask for."""
+    known, size = config["types"], config["image_size"]
+    if args.types is not None and not known:
+        raise ValueError("this checkpoint knows no types, since it was trained without labels; leave out --types")
+    if args.types == "all":
+        columns = args.num_images or 8
+        seeds = list(range(args.seed, args.seed + columns))
+        plan = Plan(seeds * len(known), [(name,) for name in known for _ in seeds], columns, known)
+    else:
+        types = () if args.types is None else parse_types(args.types, known)
+        if args.interpolate:
+            # The two ends' noise and what lies between them on the arc; the ends are these seeds' own images.
+            first, last = seeded_noise(args.interpolate, (3, size, size))
+            count = args.num_images or 16
+            weights = [i / max(1, count - 1) for i in range(count)]
+            return Plan([args.interpolate[0]] * count, [types] * count, count,
+                        x_T=torch.stack([slerp(first, last, weight) for weight in weights]))
+        count = args.num_images or 64
+        plan = Plan(list(range(args.seed, args.seed + count)), [types] * count, math.ceil(math.sqrt(count)))
+    if args.init_image:
+        # SDEdit: the picture with the noise of a timestep on it, from which the reverse process goes on.
+        plan.start = max(0, round(args.strength * scheduler.num_timesteps) - 1)
+        try:
+            picture = torch.from_numpy(decode_image(args.init_image, size)).float() / 127.5 - 1
+        except Exception as error:  # a damaged file can make a decoder raise nearly anything
+            raise ValueError(f"cannot read --init_image {args.init_image}: {str(error).splitlines()[0]}") from error
+        t = torch.full((len(plan.seeds),), plan.start)
+        plan.x_T = scheduler.add_noise(picture.expand(len(t), -1, -1, -1), t, seeded_noise(plan.seeds, picture.shape))
+    return plan
+
+
 def choose_sampler(args: argparse.Namespace, config: dict, device: torch.device, num_timesteps: int) -> tuple[str, int]:
     """The sampler and its steps: the whole reverse process, but on a CPU, where it takes minutes, that of the grids
-    which training drew."""
+    which training drew. For a walk between two seeds one without noise of its own, or its ends would not be theirs."""
     sampler, steps = args.sampler, args.steps
+    if args.interpolate:
+        sampler = sampler or "dpm++"
+        if sampler == "ddpm" or args.eta:
+            raise ValueError("--interpolate needs a sampler that adds no noise: --sampler dpm++, or ddim with --eta 0")
     if sampler is None and steps is None and device.type == "cpu":
         sampler, steps = config.get("sampler", "ddim"), min(config.get("sample_steps", 50), num_timesteps)
     sampler = sampler or "ddpm"
-    steps = steps or (num_timesteps if sampler == "ddpm" else min(50, num_timesteps))
+    steps = steps or (num_timesteps if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], num_timesteps))
     if steps > num_timesteps:
         raise ValueError(f"--steps must be in 1 ... {num_timesteps} for this checkpoint, not {steps}")
+    if args.init_image:  # the part of the steps that is left from there
+        steps = max(1, round(args.strength * steps))
     return sampler, steps
+
+
+def choose_guidance(args: argparse.Namespace, plan: Plan, known: Sequence[str]) -> float:
+    if any(plan.types):
+        return DEFAULT_GUIDANCE if args.guidance is None else args.guidance
+    if args.guidance is not None:
+        raise ValueError("--guidance strengthens types and there are none: " + (
+            f"add --types, with one or more of {', '.join(known)}" if known else "this checkpoint knows none"))
+    return 1.0
 
 
 def prepare_output(args: argparse.Namespace) -> None:
@@ -74,56 +162,72 @@ def prepare_output(args: argparse.Namespace) -> None:
         args.output.with_suffix("").mkdir(exist_ok=True)
 
 
-def write(images: torch.Tensor, args: argparse.Namespace) -> None:
+def write(pixels: torch.Tensor, plan: Plan, args: argparse.Namespace, settings: dict) -> None:
     """The grid, and one PNG an image where --individual asks for them, in a folder beside it named after it."""
-    show = dict(normalize=True, value_range=(-1, 1))
-    larger = F.interpolate(images, scale_factor=args.scale, mode="nearest") if args.scale > 1 else images
-    save_image(larger, args.output, nrow=math.ceil(math.sqrt(len(images))), padding=2 * args.scale, pad_value=1, **show)
+    types = [" ".join(names) for names in plan.types]
+    save_picture(grid(pixels, plan.columns, args.scale, plan.row_names), args.output, seeds=plan.seeds,
+                 types=list(dict.fromkeys(types)), **settings)
     print(f"wrote {args.output}")
+    if args.interpolate:
+        steps = [to_image(enlarge(picture, args.scale)) for picture in pixels]
+        write_animation(steps + steps[-2:0:-1], args.output, hold=0.0)  # there and back again
     if args.individual:
         folder = args.output.with_suffix("")
-        for i, image in enumerate(larger):
-            save_image(image, folder / f"seed_{args.seed + i:06d}.png", **show)
-        print(f"wrote {len(images)} images to {folder}/")
+        for i, (picture, seed, names) in enumerate(zip(pixels, plan.seeds, types)):
+            name = f"step_{i:03d}" if args.interpolate else "_".join([f"seed_{seed:06d}", *names.split()])
+            made = dict(interpolate=args.interpolate, step=i) if args.interpolate else dict(seed=seed)
+            save_picture(to_image(enlarge(picture, args.scale)), folder / f"{name}.png", **made, types=names, **settings)
+        print(f"wrote {len(pixels)} images to {folder}/")
+
+
+def write_animation(frames: list, output: Path, **timing: float) -> None:
+    path = output.with_suffix(".gif")
+    save_animation(frames, path, **timing)
+    print(f"wrote {path}")
 
 
 def parse_flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate images from a checkpoint.")
+    parser = Parser(description="Generate images from a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, help="file of weights (default: the newest in checkpoints/)")
-    parser.add_argument("--num_images", type=positive, default=64, help="how many images (default: 64)")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm draws noise at each step, ddim none "
+    parser.add_argument("--num_images", type=positive, help="how many images (default: 64; 8 a type for --types all; 16 "
+                        "for --interpolate)")
+    parser.add_argument("--types", help="what they are to show: one or more of the checkpoint's types, as in \"fire "
+                        "flying\"; or all, for a row a type (default: anything)")
+    parser.add_argument("--guidance", type=finite, help="how strongly they are pushed towards their types; 1: not beyond "
+                        f"what the network says of them (default: {DEFAULT_GUIDANCE:g})")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm draws noise at each step, ddim and dpm++ none "
                         "(default: ddpm; on a CPU without --steps, what training used for its grids)")
     parser.add_argument("--steps", type=positive, help="network passes an image, 1 to the checkpoint's timesteps "
-                        "(default: all for ddpm, 50 for ddim; on a CPU without --sampler, as many as training used)")
-    parser.add_argument("--eta", type=float, default=0.0, help="noise that ddim adds, 0 to 1 (default: 0)")
+                        "(default: all for ddpm, 50 for ddim, 20 for dpm++; on a CPU without --sampler, as many as "
+                        "training used)")
+    parser.add_argument("--eta", type=fraction, default=0.0, help="noise that ddim adds, 0 to 1 (default: 0)")
+    parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde", help="of the noise that ddpm adds "
+                        "(default: beta_tilde)")
     parser.add_argument("--seed", type=natural, default=0, help="image i is drawn from seed + i (default: 0)")
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; less needs less memory "
                         "(default: 64)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/generated.png"), help="the grid "
-                        "(default: outputs/generated.png)")
+    parser.add_argument("--interpolate", type=natural, nargs=2, metavar=("A", "B"), help="walk from the image of seed A "
+                        "to that of seed B: a strip and a GIF")
+    parser.add_argument("--init_image", type=Path, metavar="FILE", help="start from this picture and not from noise alone")
+    parser.add_argument("--strength", type=strength, help="how much of --init_image is to change, from above 0 to 1, where "
+                        "nothing of it is left (default: 0.6)")
+    parser.add_argument("--gif", action="store_true", help="also animate how the grid comes out of the noise")
+    parser.add_argument("--output", type=Path, default=Path("outputs/generated.png"), help="the grid; a GIF has the same "
+                        "name (default: outputs/generated.png)")
     parser.add_argument("--individual", action="store_true", help="also write one PNG an image")
     parser.add_argument("--scale", type=positive, default=1, help="enlarge each pixel so many times (default: 1)")
     parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: auto)")
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the network's arithmetic; auto is "
                         "bf16 where the device has it (default: auto)")
     args = parser.parse_args()
-    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if args.output.suffix.lower() not in SUFFIXES:
         parser.error(f"--output must end in .png, .jpg or .webp, not {args.output}")
+    if args.interpolate and (args.init_image or args.gif or args.types == "all"):
+        parser.error("--interpolate goes without --init_image, --gif and --types all: it writes a GIF of its own")
+    if args.strength is not None and not args.init_image:
+        parser.error("--strength needs --init_image FILE, the picture to start from")
+    args.strength = args.strength or 0.6
     return args
-
-
-def natural(text: str) -> int:
-    number = int(text)
-    if not 0 <= number < 2**62:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2^62 - 1, not {text}")
-    return number
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
-    return number
 
 
 if __name__ == "__main__":
