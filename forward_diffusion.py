@@ -32,6 +32,8 @@ class NoiseScheduler:
         num_timesteps: T, at least 2.
         beta_start, beta_end: the ends of the linear schedule, 0 < beta_start <= beta_end < 1; the cosine one has none.
         schedule: "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+        zero_terminal_snr: rescale the schedule so that x_T is noise alone (Lin et al. 2024, algorithm 1). Noise says
+            nothing about the image there, so "eps" cannot be sampled from T-1.
 
     Attributes:
         betas, alphas, alphas_cumprod, alphas_cumprod_prev: float32 tensors [T] on the CPU, computed in float64.
@@ -41,7 +43,12 @@ class NoiseScheduler:
     """
 
     def __init__(
-        self, num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02, schedule: str = "linear"
+        self,
+        num_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        schedule: str = "linear",
+        zero_terminal_snr: bool = False,
     ):
         if num_timesteps < 2:
             raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
@@ -54,9 +61,12 @@ class NoiseScheduler:
         else:
             raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join(SCHEDULES)}")
         self.num_timesteps, self.beta_start, self.beta_end = num_timesteps, beta_start, beta_end
-        self.schedule = schedule
+        self.schedule, self.zero_terminal_snr = schedule, zero_terminal_snr
 
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+        if zero_terminal_snr:
+            alphas_cumprod = _end_at_noise(alphas_cumprod)
+            betas = 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
         self.betas = betas.float()
         self.alphas = (1 - betas).float()
         self.alphas_cumprod = alphas_cumprod.float()
@@ -73,7 +83,8 @@ class NoiseScheduler:
 
     def config(self) -> dict:
         """Plain values that build this scheduler again: `NoiseScheduler(**scheduler.config())`."""
-        return {name: getattr(self, name) for name in ("num_timesteps", "beta_start", "beta_end", "schedule")}
+        names = ("num_timesteps", "beta_start", "beta_end", "schedule", "zero_terminal_snr")
+        return {name: getattr(self, name) for name in names}
 
     def alpha_bar(self, t: int) -> float:
         """alpha-bar at one timestep, in float64; t = -1 is the clean image, where it is 1."""
@@ -120,13 +131,21 @@ class NoiseScheduler:
             raise ValueError(f"unknown loss weighting {weighting!r}: choose one of {', '.join(LOSS_WEIGHTINGS)}")
         signal, sigma = self._coefficients(t, torch.empty(len(t), device=t.device))
         snr = (signal / sigma) ** 2
-        of_x_0 = {"eps": snr, "v": snr + 1, "x0": torch.ones_like(snr)}[prediction]  # what 1 would make of it
-        return snr.clamp(max=gamma) / of_x_0
+        if prediction == "eps":
+            return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, which has a limit, 1, where the SNR is 0
+        return snr.clamp(max=gamma) / (snr + 1 if prediction == "v" else 1)
 
     def to_x_0(self, prediction: str, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The clean image that the network's `output` at x_t stands for, not clipped."""
+        """The clean image that the network's `output` at x_t stands for, not clipped.
+
+        Raises:
+            ValueError: for an unknown prediction, or for "eps" where alpha-bar is 0 and the noise leaves x_0 open.
+        """
         signal, sigma = self._coefficients(t, x_t)
         if prediction == "eps":
+            if self.zero_terminal_snr and (t == self.num_timesteps - 1).any():
+                raise ValueError(f"prediction 'eps' leaves the image open at timestep {self.num_timesteps - 1}, which "
+                                 "has zero terminal SNR: choose v or x0")
             return (x_t - sigma * output) / signal
         if prediction == "v":
             return signal * x_t - sigma * output
@@ -134,13 +153,14 @@ class NoiseScheduler:
             return output
         raise _unknown_prediction(prediction)
 
-    def to_eps(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The noise that makes x_t out of x_0: eq. 4 of Ho et al. (2020) solved for it."""
+    def to_eps(self, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor | int) -> torch.Tensor:
+        """The noise that makes x_t out of x_0: eq. 4 of Ho et al. (2020) solved for it. `t` may be a single integer."""
         signal, sigma = self._coefficients(t, x_t)
         return (x_t - signal * x_0) / sigma
 
-    def _coefficients(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), [B, 1, 1, 1], with the device and dtype of `like`."""
+    def _coefficients(self, t: torch.Tensor | int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(alpha-bar_t) and sqrt(1 - alpha-bar_t), [B, 1, 1, 1], with the device and dtype of `like`; B = 1 for
+        a single integer t."""
         tables = []
         for name in ("signal", "noise"):
             key = (name, like.device, like.dtype)
@@ -155,6 +175,12 @@ def _cosine_betas(num_timesteps: int, offset: float = 0.008, largest: float = 0.
     steps = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.cos((steps + offset) / (1 + offset) * math.pi / 2) ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=largest)  # without the clip the last beta is 1, and eps would divide by 0
+
+
+def _end_at_noise(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """alpha-bar, float64 [T], with its square root shifted and scaled: the last is 0, the first stays what it was."""
+    signal = alphas_cumprod.sqrt()
+    return ((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2
 
 
 def _unknown_prediction(prediction: str) -> ValueError:
