@@ -19,6 +19,7 @@ from forward_diffusion import NoiseScheduler, seed_from
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("beta_tilde", "beta")
+DEFAULT_GUIDANCE = 3.0  # where types are asked for; at 1, which is no guidance, a network often hardly heeds them
 
 
 @torch.no_grad()
@@ -194,7 +195,6 @@ def sample_seeds(
     device: torch.device,
     precision: str,
     *,
-    types: torch.Tensor | None = None,
     batch_size: int = 64,
     types: torch.Tensor | None = None,
     x_T: torch.Tensor | None = None,
