@@ -2,8 +2,8 @@
 
     x_0, told = augment(images, generator, "full")      # `python dataset.py FOLDER` draws what it does
 
-The network is told what was done to each picture and is asked for pictures to which nothing was done; rotations bring in
-no black corner, and changes of colour leave white as white as it was.
+The network is told what was done to each picture and is asked for pictures to which nothing was done; rotations bring
+in no black corner, and changes of colour leave white as white as it was.
 """
 
 from __future__ import annotations

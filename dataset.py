@@ -152,7 +152,7 @@ class ImageFolder(Dataset):
         if keep is not None:
             self._keep([i for i, name in enumerate(self.names) if keep(name)])
             if not self.files:
-                raise DataError(f"none of the images wanted is in {folder}: give the folder that the run was trained on")
+                raise DataError(f"none of the images wanted is in {folder}: give the folder of the training")
         limit = _default_memory_limit() if memory_limit is None else memory_limit
         if len(self.files) * 3 * image_size**2 <= limit:
             self._decode_all(folder)
@@ -261,7 +261,7 @@ def image_names(data: str, num_critters: int = 2000) -> list[str]:
 
 
 def held_out_names(names: Sequence[str], fraction: float) -> list[str]:
-    """The part of the images to keep aside from training, `fraction` of them in [0, 1), chosen by their names, and sorted.
+    """The part of the images to keep aside from training, `fraction` of them in [0, 1), chosen by their names; sorted.
 
     Those whose names have the lowest hashes: the same ones on every machine, and nearly the same ones after a few
     images were added or taken away.

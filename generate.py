@@ -64,8 +64,8 @@ def main() -> None:
         settings |= {"eta": args.eta} if sampler == "ddim" else {"variance": args.variance} if sampler == "ddpm" else {}
         if args.init_image:
             settings |= dict(init_image=args.init_image.name, strength=args.strength)
-        print(f"{checkpoint}: {len(plan.seeds)} images of {config['image_size']} x {config['image_size']}, {sampler} in "
-              f"{steps} steps" + (f", guidance {guidance:g}" if any(plan.types) else "")
+        print(f"{checkpoint}: {len(plan.seeds)} images of {config['image_size']} x {config['image_size']}, "
+              f"{sampler} in {steps} steps" + (f", guidance {guidance:g}" if any(plan.types) else "")
               + f", on {describe(device)}, {precision}")
 
         frames: dict[int, list[torch.Tensor]] = {}  # of the animation: step -> the x_t of each batch
@@ -176,7 +176,8 @@ def write(pixels: torch.Tensor, plan: Plan, args: argparse.Namespace, settings: 
         for i, (picture, seed, names) in enumerate(zip(pixels, plan.seeds, types)):
             name = f"step_{i:03d}" if args.interpolate else "_".join([f"seed_{seed:06d}", *names.split()])
             made = dict(interpolate=args.interpolate, step=i) if args.interpolate else dict(seed=seed)
-            save_picture(to_image(enlarge(picture, args.scale)), folder / f"{name}.png", **made, types=names, **settings)
+            image = to_image(enlarge(picture, args.scale))
+            save_picture(image, folder / f"{name}.png", **made, types=names, **settings)
         print(f"wrote {len(pixels)} images to {folder}/")
 
 
@@ -189,12 +190,12 @@ def write_animation(frames: list, output: Path, **timing: float) -> None:
 def parse_flags() -> argparse.Namespace:
     parser = Parser(description="Generate images from a checkpoint.")
     parser.add_argument("--checkpoint", type=Path, help="file of weights (default: the newest in checkpoints/)")
-    parser.add_argument("--num_images", type=positive, help="how many images (default: 64; 8 a type for --types all; 16 "
-                        "for --interpolate)")
+    parser.add_argument("--num_images", type=positive, help="how many images (default: 64; 8 a type for --types all; "
+                        "16 for --interpolate)")
     parser.add_argument("--types", help="what they are to show: one or more of the checkpoint's types, as in \"fire "
                         "flying\"; or all, for a row a type (default: anything)")
-    parser.add_argument("--guidance", type=finite, help="how strongly they are pushed towards their types; 1: not beyond "
-                        f"what the network says of them (default: {DEFAULT_GUIDANCE:g})")
+    parser.add_argument("--guidance", type=finite, help="how strongly they are pushed towards their types; 1: not "
+                        f"beyond what the network says of them (default: {DEFAULT_GUIDANCE:g})")
     parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm draws noise at each step, ddim and dpm++ none "
                         "(default: ddpm; on a CPU without --steps, what training used for its grids)")
     parser.add_argument("--steps", type=positive, help="network passes an image, 1 to the checkpoint's timesteps "
@@ -206,14 +207,15 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seed", type=natural, default=0, help="image i is drawn from seed + i (default: 0)")
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; less needs less memory "
                         "(default: 64)")
-    parser.add_argument("--interpolate", type=natural, nargs=2, metavar=("A", "B"), help="walk from the image of seed A "
-                        "to that of seed B: a strip and a GIF")
-    parser.add_argument("--init_image", type=Path, metavar="FILE", help="start from this picture and not from noise alone")
-    parser.add_argument("--strength", type=strength, help="how much of --init_image is to change, from above 0 to 1, where "
-                        "nothing of it is left (default: 0.6)")
+    parser.add_argument("--interpolate", type=natural, nargs=2, metavar=("A", "B"), help="walk from the image of seed "
+                        "A to that of seed B: a strip and a GIF")
+    parser.add_argument("--init_image", type=Path, metavar="FILE", help="start from this picture and not from noise "
+                        "alone")
+    parser.add_argument("--strength", type=strength, help="how much of --init_image is to change, from above 0 to 1, "
+                        "where nothing of it is left (default: 0.6)")
     parser.add_argument("--gif", action="store_true", help="also animate how the grid comes out of the noise")
-    parser.add_argument("--output", type=Path, default=Path("outputs/generated.png"), help="the grid; a GIF has the same "
-                        "name (default: outputs/generated.png)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/generated.png"), help="the grid; a GIF has the "
+                        "same name (default: outputs/generated.png)")
     parser.add_argument("--individual", action="store_true", help="also write one PNG an image")
     parser.add_argument("--scale", type=positive, default=1, help="enlarge each pixel so many times (default: 1)")
     parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: auto)")

@@ -65,8 +65,8 @@ def read_labels(path: str | Path) -> dict[str, tuple[str, ...]]:
             rows = csv.DictReader(file)
             missing = {"file", "types"} - set(rows.fieldnames or ())
             if missing:
-                raise LabelError(f"{path} has no column {' and no column '.join(map(repr, sorted(missing)))}: its first "
-                                 f"line must be file,types")
+                raise LabelError(f"{path} has no column {' and no column '.join(map(repr, sorted(missing)))}: its "
+                                 f"first line must be file,types")
             for row in rows:
                 name = (row["file"] or "").strip().replace("\\", "/")
                 if name in table:

@@ -66,7 +66,7 @@ def read_settings(path: str | Path) -> dict:
 
 def save_animation(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0, hold: float = 2.0) -> None:
     """Write an endless GIF that plays for `seconds`, and then stands still on its last frame for `hold` seconds."""
-    # One palette for all frames, of the last one, which is the clean one: with a palette each the colours would flicker.
+    # One palette for all frames, that of the last, which is clean: with a palette each the colours would flicker.
     palette = frames[-1].quantize(256, method=Image.Quantize.MEDIANCUT)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = max(20, round(1000 * seconds / len(frames)))  # in milliseconds; browsers slow down what is below 20

@@ -5,10 +5,10 @@
     recogniser = CritterRecogniser(image_size=32)
     recogniser.types(pixels, count=1)          # the likeliest type of each picture, or with count=2 the likeliest pair
 
-No network is in the check. A picture's foreground is sorted into the colours of all palettes, and a linear map, fitted by least
-squares to critters that the program drew, turns the shares of the colours into a score for each type. On critters of
-other seeds it names 1,000 of 1,000 single types and 900 of 900 pairs (`python -m pytest tests/test_recognise.py` asks
-for nearly as much). It looks at colours alone: a red smudge is "fire" to it, so look at the pictures too.
+No network is in the check. A picture's foreground is sorted into the colours of all palettes, and a linear map, fitted
+by least squares to critters that the program drew, turns the shares of the colours into a score for each type. On
+critters of other seeds it named 1,000 of 1,000 single types and 900 of 900 pairs (tests/test_recognise.py asks for
+nearly as much of fewer). It looks at colours alone: a red smudge is "fire" to it, so look at the pictures too.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     parser = Parser(description="Measure whether a model of critters draws the types that it is asked for.")
-    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/critters.pt"), help="of a model of critters "
-                        "with types (default: checkpoints/critters.pt)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("checkpoints/critters.pt"), help="of a model of "
+                        "critters with types (default: checkpoints/critters.pt)")
     parser.add_argument("--num_images", type=positive, default=100, help="images of each type (default: 100)")
     parser.add_argument("--num_pairs", type=positive, default=20, help="images of each pair of types (default: 20)")
-    parser.add_argument("--guidance", type=finite, default=DEFAULT_GUIDANCE, help="how strongly they are pushed towards "
-                        f"their types (default: {DEFAULT_GUIDANCE:g})")
+    parser.add_argument("--guidance", type=finite, default=DEFAULT_GUIDANCE, help="how strongly they are pushed "
+                        f"towards their types (default: {DEFAULT_GUIDANCE:g})")
     parser.add_argument("--sampler", choices=SAMPLERS, default="dpm++", help="(default: dpm++)")
     parser.add_argument("--steps", type=positive, default=20, help="network passes an image (default: 20)")
     parser.add_argument("--seed", type=natural, default=0, help="of the first image of each type (default: 0)")
@@ -103,8 +103,8 @@ def main() -> None:
         precision = pick_precision("auto", device)
         model, scheduler, config = load_model(args.checkpoint, device)
         if tuple(config["types"]) != TYPES:
-            raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: python train.py "
-                             f"--preset quick")
+            raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
+                             f"python train.py --preset quick")
         singles = [(name,) for name in TYPES]
         pairs = list(itertools.combinations(TYPES, 2))
         asked = [types for types in singles for _ in range(args.num_images)]
@@ -127,10 +127,11 @@ def main() -> None:
     right = np.array([names == set(types) for names, types in zip(found, asked)])
     of_type = right[:num_singles].reshape(len(singles), -1).mean(axis=1)
     of_pair = right[num_singles:].reshape(len(pairs), -1).mean(axis=1)
-    print(f"{args.sampler} in {args.steps} steps, guidance {args.guidance:g}; of 100 images, the type asked for is found in")
+    print(f"{args.sampler} in {args.steps} steps, guidance {args.guidance:g}; the type asked for is found, of 100, in")
     for name, share in zip(TYPES, of_type):
         print(f"{100 * share:6.1f}  {name}")
-    print(f"and of 100 images of two types, both in\n{100 * of_pair.mean():6.1f}  on average over all {len(pairs)} pairs")
+    print(f"and both of two types, of 100, in\n{100 * of_pair.mean():6.1f}  on average over all {len(pairs)} pairs; "
+          f"the least in")
     for i in np.argsort(of_pair)[:3]:
         print(f"{100 * of_pair[i]:6.1f}  {' '.join(pairs[i])}")
 

@@ -50,7 +50,8 @@ def unconditional(tmp_path_factory) -> Path:
 def call(checkpoint: Path, *flags) -> int | str | None:
     """What `python generate.py FLAGS` exits with: a status, or the line that Python prints to stderr for status 1."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["generate.py", "--checkpoint", str(checkpoint), "--device", "cpu", *map(str, flags)])
+        command = ["generate.py", "--checkpoint", checkpoint, "--device", "cpu", *flags]
+        patch.setattr(sys, "argv", [str(word) for word in command])
         try:
             generate.main()
         except SystemExit as stopped:
@@ -99,8 +100,8 @@ def test_guidance(conditional):
         return individual(conditional, "p", "--steps", 3, "--num_images", 2, *flags)["seed_000001" + suffix + ".png"]
 
     suffix = "_water"
-    strong, default, plain = (pictures("--types", "water", *flags) for flags in (["--guidance", 8], [], ["--guidance", 1]))
-    anything = pictures("--types", "water", "--guidance", 0)
+    strong, plain, anything = (pictures("--types", "water", "--guidance", guidance) for guidance in (8, 1, 0))
+    default = pictures("--types", "water")
     suffix = ""
     assert np.array_equal(anything, pictures())
     assert not np.array_equal(strong, default) and not np.array_equal(default, plain)
@@ -108,7 +109,8 @@ def test_guidance(conditional):
 
 
 def test_pngs_say_how_they_were_made(conditional, unconditional):
-    individual(conditional, "p", "--num_images", 2, "--seed", 7, "--types", "Flying fire", "--sampler", "ddim", "--steps", 3)
+    flags = ["--num_images", 2, "--seed", 7, "--types", "Flying fire", "--sampler", "ddim", "--steps", 3]
+    individual(conditional, "p", *flags)
     assert read_settings("p/seed_000008_flying_fire.png") == dict(
         seed=8, types="flying fire", checkpoint="model.pt", sampler="ddim", steps=3, guidance=3.0, eta=0.0)
     assert read_settings("p.png")["seeds"] == [7, 8]
