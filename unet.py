@@ -3,9 +3,9 @@
     python unet.py                                                    # the reference network: 54,195,523 parameters
     python unet.py --width 32 --multipliers 1 2 4 --image_size 32     # any other size of the same class
 
-It can also be told what the image shows: a set of types, such as fire and flying. The shape is that of Ho et al. (2020),
-appendix B, with the timestep entering each block as a scale and a shift (Dhariwal & Nichol 2021, "adaptive group
-normalisation").
+It can also be told what the image shows: a set of types, such as fire and flying. The shape is that of Ho et al.
+(2020), appendix B, with the timestep entering each block as a scale and a shift (Dhariwal & Nichol 2021, "adaptive
+group normalisation").
 """
 
 from __future__ import annotations
