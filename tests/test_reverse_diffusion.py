@@ -4,51 +4,24 @@ import pytest
 import torch
 
 from forward_diffusion import NoiseScheduler
+from gaussian import MEAN, STD, exact, start
 from reverse_diffusion import posterior, sample, seeded_noise, trailing_timesteps
 
-# Four pixels, each Gaussian with a mean and a standard deviation of its own.
-MEAN = torch.tensor([[-0.6, -0.2], [0.1, 0.6]], dtype=torch.float64)
-STD = torch.tensor([[0.1, 0.25], [0.5, 0.35]], dtype=torch.float64)
 N = 4096
 
 
-def exact(scheduler: NoiseScheduler, prediction: str = "eps"):
-    """The best possible network for those pixels.
-
-    x_t = a x_0 + b eps is Gaussian with mean a MEAN and variance a^2 STD^2 + b^2, and its covariance with eps is b, so
-    E[eps | x_t] = b (x_t - a MEAN) / (a^2 STD^2 + b^2), and E[x_0 | x_t] and E[v | x_t] follow from it.
-    """
-    def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert t.shape == (len(x_t),) and (t == t[0]).all()
-        abar = scheduler.alpha_bar(t[0].item())
-        a, b = abar**0.5, (1 - abar) ** 0.5
-        eps = b * (x_t - a * MEAN.to(x_t)) / (a**2 * STD.to(x_t) ** 2 + b**2)
-        x_0 = (x_t - b * eps) / a
-        return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[prediction]
-
-    return model
-
-
-def start(n: int = N, seed: int = 0) -> torch.Tensor:
-    return torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-# On top of four standard errors of N samples comes an allowance for the finite number of steps, relative to STD. It was
-# measured: at STD 0.1, 50 DDIM steps on the linear schedule lose 25 % of it, 250 steps 6 %, and 1000 1 %.
+# On top of four standard errors of N samples comes an allowance for the finite number of steps, relative to STD.
+# test_samplers.py computes what they lose exactly; these draw their noise as a user does.
 @pytest.mark.parametrize("schedule, prediction, sampler, steps, allowance", [
     ("linear", "eps", "ddpm", None, 0.03),
-    ("linear", "eps", "ddim", None, 0.01),
-    ("linear", "eps", "ddim", 250, 0.06),
     ("linear", "eps", "ddim", 50, 0.26),
     ("cosine", "v", "ddpm", None, 0.03),
-    ("cosine", "v", "ddim", 100, 0.05),
-    ("cosine", "x0", "ddpm", None, 0.03),
     ("cosine", "x0", "ddim", 100, 0.05),
 ])
 def test_gaussian_data_come_back(schedule, prediction, sampler, steps, allowance):
     scheduler = NoiseScheduler(schedule=schedule)
     torch.manual_seed(1)
-    images = sample(exact(scheduler, prediction), scheduler, start(), sampler=sampler, steps=steps,
+    images = sample(exact(scheduler, prediction), scheduler, start(N), sampler=sampler, steps=steps,
                     prediction=prediction, clip=False)
     mean, std = images.mean(dim=(0, 1)), images.std(dim=(0, 1))
     assert ((mean - MEAN).abs() / STD < 4 / N**0.5 + allowance).all()

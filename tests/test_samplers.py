@@ -1,0 +1,179 @@
+"""Every sampler against Gaussian pixels, without drawing a number: what it makes of them has an exact law."""
+
+import math
+
+import pytest
+import torch
+
+import reverse_diffusion
+from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler
+from gaussian import MEAN, STD, exact, flow, start
+from reverse_diffusion import posterior, sample, trailing_timesteps
+
+EVERY = [  # sampler, eta, variance
+    ("ddpm", 0.0, "beta_tilde"), ("ddpm", 0.0, "beta"), ("ddim", 0.0, "beta_tilde"), ("ddim", 0.5, "beta_tilde"),
+    ("ddim", 1.0, "beta_tilde"), ("dpm++", 0.0, "beta_tilde"),
+]
+DETERMINISTIC = [("ddim", 1), ("dpm++", 2)]  # and their orders
+
+
+def law(monkeypatch, scheduler, mean=MEAN, std=STD, *, steps=None, prediction="x0", **options):
+    """The exact (timestep s, mean, variance) of x_s after each step, from x_T with the mean and variance of q(x_T).
+
+    With the exact network, and without the clip, every step is a straight line: x_s is a sum of what became of the mean
+    of x_T, of x_T's deviation from it, and of each step's noise. One row of a batch follows each of these; the rows are
+    independent of each other, so the variance is the sum of their squares.
+    """
+    timesteps = trailing_timesteps(scheduler.num_timesteps, steps) + [-1]
+    abar_T, draws, path = scheduler.alpha_bar(timesteps[0]), iter(range(2, len(timesteps) + 1)), []
+    x_T = (abar_T**0.5 * mean).repeat(len(timesteps) + 1, 1, 1, 1)
+    x_T[1] += (abar_T * std**2 + 1 - abar_T) ** 0.5
+
+    def unit_noise(x_T, seeds):
+        def draw():
+            noise = torch.zeros_like(x_T)
+            noise[next(draws)] = 1
+            return noise
+        return draw
+
+    def follow(i, x_s, x_0):
+        path.append((timesteps[i + 1], x_s[0, 0], ((x_s[1:] - x_s[0]) ** 2).sum(dim=0)[0]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reverse_diffusion, "_noise_source", unit_noise)
+        sample(exact(scheduler, prediction, mean, std), scheduler, x_T, steps=steps, prediction=prediction, clip=False,
+               callback=follow, **options)
+    return path
+
+
+@pytest.mark.parametrize("schedule, zero_terminal_snr, prediction", [
+    (schedule, zero_terminal_snr, prediction) for schedule in SCHEDULES for zero_terminal_snr in (False, True)
+    for prediction in PREDICTIONS if not (zero_terminal_snr and prediction == "eps")  # which is refused
+])
+@pytest.mark.parametrize("sampler, eta, variance", EVERY)
+def test_the_mean_is_right_at_every_step(monkeypatch, sampler, eta, variance, prediction, schedule, zero_terminal_snr):
+    """E[x_s] = sqrt(abar_s) MEAN, whatever the number of steps. 1e-9 is for eps on the cosine schedule, where the first
+    step multiplies rounding by thousands."""
+    scheduler = NoiseScheduler(100, 1e-3, 0.2, schedule, zero_terminal_snr)
+    for steps in (1, 2, 5, 20, 100):
+        path = law(monkeypatch, scheduler, steps=steps, prediction=prediction, sampler=sampler, eta=eta,
+                   variance=variance)
+        assert len(path) == steps and path[-1][0] == -1
+        for s, mean, _ in path:
+            torch.testing.assert_close(mean, scheduler.alpha_bar(s) ** 0.5 * MEAN, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [2, 7, None])
+def test_each_variance_is_exact_where_theory_says_so(monkeypatch, steps, schedule, zero_terminal_snr):
+    """Ho et al. (2020), section 3.2: "beta" for standard normal data, "beta_tilde" for a single possible image."""
+    scheduler = NoiseScheduler(100, 1e-3, 0.2, schedule, zero_terminal_snr)
+    normal = law(monkeypatch, scheduler, 0 * MEAN, 0 * STD + 1, steps=steps, sampler="ddpm", variance="beta")
+    for s, _, variance in normal[:-1]:  # the last step gives the mean instead
+        torch.testing.assert_close(variance, torch.ones_like(MEAN), rtol=0, atol=1e-10)
+    for options in (dict(sampler="ddpm"), *(dict(sampler="ddim", eta=eta) for eta in (0, 0.5, 1)), dict(sampler="dpm++")):
+        for s, mean, variance in law(monkeypatch, scheduler, MEAN, 0 * STD, steps=steps, **options):
+            abar = scheduler.alpha_bar(s)
+            torch.testing.assert_close(mean, abar**0.5 * MEAN, rtol=0, atol=1e-10)
+            torch.testing.assert_close(variance, torch.full_like(MEAN, 1 - abar), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("t, s", [(1, 0), (500, 499), (999, 979), (700, 100)])
+def test_the_true_variance_of_a_step_lies_between_the_two(t, s):
+    """q(x_s | x_t) of Gaussian data, from its covariances; STD < 1. This is (20) of DIFFUSION_THEORY.md."""
+    scheduler, x = NoiseScheduler(), start(1)
+    abar_t, abar_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
+    at_t, at_s = (abar * STD**2 + 1 - abar for abar in (abar_t, abar_s))
+    true = at_s - (abar_t / abar_s) * at_s**2 / at_t  # the covariance of x_s and x_t is sqrt(abar_t / abar_s) at_s
+    small, large = (posterior(scheduler, x, x, t, s, name)[1] ** 2 for name in ("beta_tilde", "beta"))
+    assert (small < true).all() and (true < large).all()
+    assert large == pytest.approx(1 - abar_t / abar_s, rel=1e-12)
+
+
+# Computed exactly, not estimated: how much of the standard deviation a finite number of steps loses. Most is lost where
+# the data are narrow, STD 0.1, on the linear schedule. The allowances are what this test found, rounded up.
+@pytest.mark.parametrize("options, steps, allowance", [
+    (dict(sampler="ddpm"), None, 0.037), (dict(sampler="ddpm", variance="beta"), None, 0.008),
+    (dict(sampler="ddim", eta=0.5), None, 0.022),
+    (dict(sampler="ddim"), 50, 0.26), (dict(sampler="ddim"), 500, 0.033),
+    (dict(sampler="dpm++"), 50, 0.22), (dict(sampler="dpm++"), 500, 0.007),
+])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_spread_comes_back(monkeypatch, schedule, options, steps, allowance):
+    _, _, variance = law(monkeypatch, NoiseScheduler(schedule=schedule), steps=steps, **options)[-1]
+    assert ((variance.sqrt() / STD - 1).abs() < allowance).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler, order", DETERMINISTIC)
+def test_the_order_of_convergence(sampler, order, schedule):
+    """To the probability flow, whose solution is known for Gaussian data, with the steps' number to the power -order.
+
+    The order is a claim about small steps in lambda (Lu et al. 2022, theorem 3.2). So it is measured over the first
+    three quarters of the timesteps, on a schedule too fine to matter; the rest ends with a step to infinite lambda, which
+    no number of steps makes small. The cosine schedule begins so near lambda = -infinity that the first steps are long
+    as well: there it is measured from 3/4 T to 3/16 T.
+    """
+    many = 38_400
+    scheduler = NoiseScheduler(many, 0.1 / many, 20 / many, schedule)
+    begin = many if schedule == "linear" else many * 3 // 4
+    x, errors, numbers = start(16), [], [40, 80, 160, 320]
+    for steps in numbers:
+        seen = {}
+        timesteps = trailing_timesteps(begin, steps) + [-1]
+        sample(exact(scheduler, "x0"), scheduler, x, sampler=sampler, steps=steps, prediction="x0", start=begin - 1,
+               clip=False, callback=lambda i, x_s, x_0: seen.update({timesteps[i + 1]: x_s}))
+        end = begin // 4 - 1
+        errors.append((seen[end] - flow(scheduler, x, begin - 1, end)).abs().max().item())
+    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    assert slopes == pytest.approx([order] * 3, abs=0.15), errors
+    assert errors[-1] < (2e-3 if order == 1 else 2e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [20, 50, 100])
+def test_second_order_ends_nearer_to_the_flow(schedule, steps):
+    scheduler, x, error = NoiseScheduler(schedule=schedule), start(64), {}
+    for sampler, _ in DETERMINISTIC:
+        images = sample(exact(scheduler, "v"), scheduler, x, sampler=sampler, steps=steps, prediction="v", clip=False)
+        error[sampler] = (images - flow(scheduler, x, 999, -1)).square().mean().sqrt()
+    assert error["dpm++"] < 0.7 * error["ddim"]
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler, eta, variance", EVERY)
+def test_networks_that_say_the_same_draw_the_same(sampler, eta, variance, schedule, clip):
+    scheduler = NoiseScheduler(schedule=schedule)
+    eps, v, x_0 = (
+        sample(exact(scheduler, prediction), scheduler, start(5), sampler=sampler, steps=20, prediction=prediction,
+               eta=eta, variance=variance, seeds=range(5), clip=clip) for prediction in PREDICTIONS
+    )
+    torch.testing.assert_close(eps, x_0, rtol=0, atol=1e-9)
+    torch.testing.assert_close(v, x_0, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_few_steps_of_second_order_stay_calm(schedule, steps):
+    """An extrapolation of the predicted image by a long last step would leave the range of the data."""
+    scheduler = NoiseScheduler(schedule=schedule)
+    images = sample(exact(scheduler), scheduler, start(64), sampler="dpm++", steps=steps, clip=False)
+    assert ((images - MEAN).abs() / STD).max() < 5
+
+
+def test_dpm_solver_against_the_paper():
+    """One step of the multistep solver written as in Lu et al. (2022), algorithm 2, with h, r and e^-h."""
+    scheduler, T, times = NoiseScheduler(schedule="cosine"), 600, [599, 399, 199]
+    network, x, seen = exact(scheduler, "x0"), start(3), []
+    sample(network, scheduler, x, sampler="dpm++", steps=3, prediction="x0", start=T - 1, clip=False,
+           callback=lambda i, x_s, x_0: seen.append(x_s))
+    a, sigma = ([f(scheduler.alpha_bar(t)) for t in times] for f in (lambda abar: abar**0.5, lambda abar: (1 - abar) ** 0.5))
+    lam = [math.log(p / q) for p, q in zip(a, sigma)]
+    answers = [network(x_t, torch.full((3,), t)) for x_t, t in zip([x] + seen, times)]
+    first = sigma[1] / sigma[0] * x - a[1] * math.expm1(lam[0] - lam[1]) * answers[0]
+    r = (lam[1] - lam[0]) / (lam[2] - lam[1])
+    D = (1 + 1 / (2 * r)) * answers[1] - 1 / (2 * r) * answers[0]
+    second = sigma[2] / sigma[1] * first - a[2] * math.expm1(lam[1] - lam[2]) * D
+    torch.testing.assert_close(torch.stack(seen), torch.stack([first, second, answers[2]]), rtol=0, atol=1e-12)
