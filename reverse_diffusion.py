@@ -203,7 +203,8 @@ def sample_seeds(
     """Images [len(seeds), 3, image_size, image_size] in [-1, 1], float32 on the CPU, drawn in batches on the device.
 
     Image i depends on seeds[i], types[i] and x_T[i] alone. It is the same to the last bit in any batch: checked on
-    CPUs, in float32 and bfloat16. A GPU may choose other kernels for another batch; there it was not checked.
+    CPUs, with one thread and with two, in float32 and bfloat16. A GPU may choose other kernels for another batch; there
+    it was not checked.
 
     Args:
         types: [len(seeds), K], as in `sample`.
@@ -219,10 +220,11 @@ def sample_seeds(
             raise ValueError(f"{len(given)} rows of {name} for {len(seeds)} seeds")
 
     def network(*inputs: torch.Tensor) -> torch.Tensor:
-        # Some CPU kernels of odd batches add up in another order, which would show in an image's last bits. So rows
-        # are repeated until there is a multiple of 8.
-        n = len(inputs[0])
-        rows = torch.arange(math.ceil(n / 8) * 8, device=device) % n
+        # On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are added up in
+        # another order; and below 16 where there is one thread, because PyTorch then has another 1x1 convolution. So
+        # rows are repeated up to a multiple of 8 (twice what was found necessary), or 16.
+        n, multiple = len(inputs[0]), 16 if torch.get_num_threads() == 1 else 8
+        rows = torch.arange(math.ceil(n / multiple) * multiple, device=device) % n
         x_t, *others = (part[rows] for part in inputs)
         with autocast(device, precision):
             return model(x_t.contiguous(memory_format=memory_format(device)), *others)[:n]

@@ -11,9 +11,9 @@ STD = torch.tensor([[0.1, 0.25], [0.5, 0.35]], dtype=torch.float64)
 def exact(scheduler: NoiseScheduler, prediction: str = "eps", mean: torch.Tensor = MEAN, std: torch.Tensor = STD):
     """The best possible network for those pixels.
 
-    x_t = a x_0 + b eps is Gaussian with mean a `mean` and variance a^2 std^2 + b^2, and its covariances with x_0 and eps
-    are a std^2 and b. So E[x_0 | x_t] and E[eps | x_t] are straight lines in x_t, and E[v | x_t] follows from them. With
-    types [B, 1] the mean of an image is `mean` times 1 + its type.
+    x_t = a x_0 + b eps is Gaussian with mean a `mean` and variance a^2 std^2 + b^2, and its covariances with x_0 and
+    eps are a std^2 and b. So E[x_0 | x_t] and E[eps | x_t] are straight lines in x_t, and E[v | x_t] follows from them.
+    With types [B, 1] the mean of an image is `mean` times 1 + its type.
     """
     def model(x_t: torch.Tensor, t: torch.Tensor, types: torch.Tensor | None = None) -> torch.Tensor:
         assert t.shape == (len(x_t),) and (t == t[0]).all()
