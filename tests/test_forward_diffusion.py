@@ -115,9 +115,12 @@ def test_targets_are_what_their_names_say():
 
 
 def test_config_builds_the_scheduler_again():
-    for scheduler in (NoiseScheduler(50, 1e-3, 0.1), NoiseScheduler(77, schedule="cosine")):
+    for scheduler in (NoiseScheduler(50, 1e-3, 0.1), NoiseScheduler(77, schedule="cosine"),
+                      NoiseScheduler(60, zero_terminal_snr=True)):
         again = NoiseScheduler(**scheduler.config())
         assert again.config() == scheduler.config() and again.alphas_cumprod.equal(scheduler.alphas_cumprod)
+    older = {"num_timesteps": 50, "beta_start": 1e-3, "beta_end": 0.1, "schedule": "linear"}  # of the first checkpoints
+    assert not NoiseScheduler(**older).zero_terminal_snr
 
 
 @pytest.mark.parametrize("wrong", [
@@ -183,3 +186,41 @@ def test_min_snr_makes_the_error_of_the_image_count_the_same_whatever_is_predict
     assert (scheduler.loss_weight("uniform", prediction, t) == 1).all()
     with pytest.raises(ValueError, match="uniform, min_snr"):
         scheduler.loss_weight("other", prediction, t)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("num_timesteps", [2, 50, 1000])
+def test_zero_terminal_snr_is_lin_and_others(schedule, num_timesteps):
+    """Their algorithm 1: sqrt(abar) shifted so that the last is 0, and scaled so that the first stays."""
+    before, after = (NoiseScheduler(num_timesteps, schedule=schedule, zero_terminal_snr=on) for on in (False, True))
+    old, new = (torch.tensor([s.alpha_bar(t) for t in range(num_timesteps)], dtype=torch.float64).sqrt()
+                for s in (before, after))
+    assert new[-1] == 0 and new[0] == pytest.approx(old[0].item(), rel=1e-14)
+    torch.testing.assert_close(new, (old - old[-1]) * old[0] / (old[0] - old[-1]), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cumprod(1 - after.betas.double(), 0).sqrt()[:-1], new[:-1], rtol=1e-3, atol=0)
+    assert after.betas[-1] == 1 and after.alphas[-1] == 0 and (0 < after.betas).all() and (after.betas[:-1] < 1).all()
+    assert after.alphas_cumprod_prev[0] == 1 and after.alphas_cumprod[-1] == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_zero_terminal_snr_leaves_nothing_undefined(schedule):
+    scheduler, t = NoiseScheduler(schedule=schedule, zero_terminal_snr=True), torch.tensor([999, 998, 0])
+    x_0, noise = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_t = scheduler.add_noise(x_0, t, noise)
+    assert x_t[0].equal(noise[0]) and scheduler.target("v", x_0, t, noise)[0].equal(-x_0[0])
+    assert scheduler.snr().isfinite().all() and scheduler.snr()[-1] == 0
+    torch.testing.assert_close(scheduler.to_eps(x_0, x_t, t), noise, rtol=0, atol=1e-12)
+    for prediction in PREDICTIONS:
+        weight = scheduler.loss_weight("min_snr", prediction, t)
+        assert weight.isfinite().all() and weight[0] == (1 if prediction == "eps" else 0)
+    for prediction in ("v", "x0"):
+        found = scheduler.to_x_0(prediction, scheduler.target(prediction, x_0, t, noise), x_t, t)
+        torch.testing.assert_close(found, x_0, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="'eps' leaves the image open at timestep 999.*choose v or x0"):
+        scheduler.to_x_0("eps", noise, x_t, t)
+    torch.testing.assert_close(scheduler.to_x_0("eps", noise[2:], x_t[2:], t[2:]), x_0[2:])
+
+
+def test_one_integer_is_a_timestep_for_all():
+    scheduler, (x_0, x_t) = NoiseScheduler(), torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    assert scheduler.to_eps(x_0, x_t, 700).equal(scheduler.to_eps(x_0, x_t, torch.full((4,), 700)))
