@@ -81,7 +81,7 @@ def test_each_variance_is_exact_where_theory_says_so(monkeypatch, steps, schedul
 
 @pytest.mark.parametrize("t, s", [(1, 0), (500, 499), (999, 979), (700, 100)])
 def test_the_true_variance_of_a_step_lies_between_the_two(t, s):
-    """q(x_s | x_t) of Gaussian data, from its covariances; STD < 1. This is (20) of DIFFUSION_THEORY.md."""
+    """q(x_s | x_t) of Gaussian data, from its covariances; STD < 1. This is (21) of DIFFUSION_THEORY.md."""
     scheduler, x = NoiseScheduler(), start(1)
     abar_t, abar_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
     at_t, at_s = (abar * STD**2 + 1 - abar for abar in (abar_t, abar_s))
@@ -110,8 +110,8 @@ def test_the_spread_comes_back(monkeypatch, schedule, options, steps, allowance)
 def test_the_order_of_convergence(sampler, order, schedule):
     """To the probability flow, whose solution is known for Gaussian data, with the steps' number to the power -order.
 
-    The order is a claim about small steps in lambda (Lu et al. 2022, theorem 3.2). So it is measured over the first
-    three quarters of the timesteps, on a schedule too fine to matter; the rest ends with a step to infinite lambda,
+    The order is a claim about small steps in lambda (Lu et al. 2022). So it is measured over the first three
+    quarters of the timesteps, on a schedule too fine to matter; the rest ends with a step to infinite lambda,
     which no number of steps makes small. The cosine schedule begins so near lambda = -infinity that the first steps are
     long as well: there it is measured from 3/4 T to 3/16 T.
     """
