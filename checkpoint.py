@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from forward_diffusion import NoiseScheduler
+from forward_diffusion import PREDICTIONS, NoiseScheduler
 from unet import UNet, UNetConfig
 
 FORMAT = "PokeDiff checkpoint 1"
@@ -64,7 +67,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; `python train.py --preset quick` trains one in minutes")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch.save compresses nothing; what swells is a trap
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("compressed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats that are refused here anyway
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make the reader raise nearly anything
@@ -79,20 +87,65 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
 
     The configuration has the training's flags, among them "prediction" and "image_size", and "types": the names of
     the types that the network can be asked for, in the order of its inputs; none for an unconditional one.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` does, and if the parts do not fit each other or a weight is not finite.
     """
     content = load_checkpoint(path)
     try:
-        model = UNet(UNetConfig(**content["unet"]))
+        unet, config = UNetConfig(**content["unet"]), content["config"]
+        if unet.blocks * len(unet.multipliers) > len(content["ema"]):
+            raise ValueError("a network that would take for ever to build")
+        with torch.device("meta"):  # shapes without memory: a made-up width must not fill the machine's
+            shapes = {name: p.shape for name, p in UNet(unet).state_dict().items()}
+        if shapes != {name: p.shape for name, p in content["ema"].items()}:
+            raise ValueError("weights of another network")
+        model = UNet(unet)
         model.load_state_dict(content["ema"])
         scheduler = NoiseScheduler(**content["scheduler"])
-        config = content["config"]
-        config["prediction"], config["image_size"]
+        size = config["image_size"]
+        if config["prediction"] not in PREDICTIONS or type(size) is not int or not 0 < size <= 4096 or (
+                size % unet.size_multiple):
+            raise ValueError("a prediction or an image size that there is not")
         config["types"] = tuple(content.get("types", ()))
-        if len(config["types"]) != model.config.num_types:
+        if len(config["types"]) != unet.num_types or not all(type(name) is str for name in config["types"]):
             raise ValueError("types without names")
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} is incomplete or of another version of PokeDiff; choose another file") from error
+    check_finite(path, model)
     return model.to(device).eval(), scheduler, config
+
+
+def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Adam, **modules: nn.Module) -> None:
+    """Put a training's state back: `content[name]` into each of `modules`, content["optimizer"] into the optimizer.
+
+    Raises:
+        CheckpointError: if the state does not fit them, or a weight is not a finite number.
+    """
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(content[name])
+        now = optimizer.state_dict()["param_groups"]  # the optimizer's settings are the code's; the file has its memory
+        memory = content["optimizer"]["state"]
+        if memory.keys() != {i for group in now for i in group["params"]}:
+            raise ValueError("the memory of another number of weights")
+        optimizer.load_state_dict(dict(state=memory, param_groups=now))
+        for parameter, state in optimizer.state.items():  # torch looks at neither names nor shapes
+            shapes = {name: value.shape for name, value in state.items()}
+            if shapes != dict(step=torch.Size([]), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
+                raise ValueError("the memory of other weights")
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit the network that its own settings describe; choose another "
+                              f"file") from error
+    check_finite(path, *modules.values())
+
+
+def check_finite(path: str | Path, *modules: nn.Module) -> None:
+    """Refuse weights that would make every picture black. Raises CheckpointError."""
+    for module in modules:
+        if not all(torch.isfinite(p).all() for p in module.parameters()):
+            raise CheckpointError(f"{path} has weights that are not finite numbers: its training had gone wrong; "
+                                  f"choose an earlier checkpoint")
 
 
 def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:

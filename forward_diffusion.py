@@ -29,7 +29,7 @@ class NoiseScheduler:
     [B, C, H, W] in [-1, 1]; `t` is an integer tensor [B] on the images' device.
 
     Args:
-        num_timesteps: T, at least 2.
+        num_timesteps: T, from 2 to a million.
         beta_start, beta_end: the ends of the linear schedule, 0 < beta_start <= beta_end < 1; the cosine one has none.
         schedule: "linear" (Ho et al. 2020, section 4) or "cosine" (Nichol & Dhariwal 2021, eq. 17).
         zero_terminal_snr: rescale the schedule so that x_T is noise alone (Lin et al. 2024, algorithm 1). Noise says
@@ -50,8 +50,8 @@ class NoiseScheduler:
         schedule: str = "linear",
         zero_terminal_snr: bool = False,
     ):
-        if num_timesteps < 2:
-            raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
+        if not 2 <= num_timesteps <= 1_000_000:
+            raise ValueError(f"num_timesteps must be from 2 to 1,000,000, not {num_timesteps}")
         if schedule == "linear":
             if not 0 < beta_start <= beta_end < 1:
                 raise ValueError(f"betas must satisfy 0 < start <= end < 1, not {beta_start} and {beta_end}")

@@ -1,16 +1,18 @@
 """Checkpoints survive what happens to files: kills, full disks, cuts, strangers, and code that waits to be run."""
 
+import copy
 import errno
 import os
 import pickle
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
 import checkpoint
-from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint, save_checkpoint
+from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint, restore, save_checkpoint
 from forward_diffusion import NoiseScheduler
 from unet import UNet, UNetConfig
 
@@ -168,7 +170,10 @@ def test_an_incomplete_checkpoint_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize("changes", [
     dict(ema=network(width=16).state_dict()), dict(ema=[1, 2]), dict(unet=dict(depth=3)), dict(unet=dict(width=-8)),
-    dict(scheduler=dict(schedule="other")), dict(config=dict(prediction="v")), dict(config=3),
+    dict(scheduler=dict(schedule="other")), dict(scheduler=dict(num_timesteps=10**15)), dict(config=3),
+    dict(config=dict(prediction="v")), dict(config=dict(prediction="v", image_size=9)), dict(unet=dict(width="8")),
+    dict(config=dict(prediction="v", image_size="8")), dict(config=dict(prediction="v", image_size=2**40)),
+    dict(config=dict(prediction="y", image_size=8)), dict(ema={"conv_in.weight": "8"}),
 ])
 def test_a_contradicting_checkpoint_is_refused(tmp_path, changes):
     save_checkpoint(tmp_path / "odd.pt", **{**content(network()), **changes})
@@ -185,3 +190,78 @@ def test_newest_checkpoint_is_the_one_written_last(tmp_path):
         (folder / name).touch()
         os.utime(folder / name, (written, written))
     assert newest_checkpoint(folder) == folder / "run" / "a.pt"
+
+
+def test_a_file_that_swells_is_refused_before_it_does(saved):
+    """torch's reader would unpack compressed parts, and a few kilobytes can be many gigabytes of zeros."""
+    with zipfile.ZipFile(saved) as whole, zipfile.ZipFile(saved.parent / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name in whole.namelist():
+            bomb.writestr(name, whole.read(name))
+        bomb.writestr("model/data/99", bytes(10_000_000))
+    assert_refused(saved.parent / "bomb.pt")
+
+
+def test_a_size_that_no_memory_holds_is_refused_without_trying(tmp_path):
+    for number, unet in enumerate([dict(width=2**20), dict(blocks=10**9), dict(multipliers=(1, 2**20))]):
+        save_checkpoint(tmp_path / f"{number}.pt", **{**content(network()), "unet": {**CONFIG, **unet}})
+        assert_refused(tmp_path / f"{number}.pt", load_model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = network()
+    model.conv_in.bias.data[3] = value
+    save_checkpoint(tmp_path / "nan.pt", **content(model))
+    assert_refused(tmp_path / "nan.pt", load_model)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit that only POSIX has")
+def test_no_room_for_the_whole_file(saved):
+    """The real failure, in torch's own writer: this process may not write files of more than 30 kB."""
+    import resource
+
+    before = saved.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="could not write .*model.pt"):
+            save_checkpoint(saved, weights=[torch.zeros(1000) for _ in range(20)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert saved.read_bytes() == before and os.listdir(saved.parent) == ["model.pt"]
+
+
+def trained(seed: int, **changes) -> tuple[UNet, torch.optim.Adam]:
+    model = network(seed, **changes)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 3, 8, 8), torch.tensor([seed])).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_restore_puts_the_training_back():
+    model, optimizer = trained(1)
+    content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
+    content["optimizer"]["param_groups"][0]["lr"] = "not a number"  # settings come from the code, never from a file
+    other, its_optimizer = trained(2)
+    restore("a.pt", content, its_optimizer, model=other)
+    assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert its_optimizer.param_groups[0]["lr"] == 1e-3
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert all(optimizer.state[p][name].equal(its_optimizer.state[q][name]) for name in optimizer.state[p])
+
+
+@pytest.mark.parametrize("damage", [
+    lambda c: c.pop("model"), lambda c: c.update(model=3), lambda c: c["model"].pop("conv_in.bias"),
+    lambda c: c["model"].update({"conv_in.bias": torch.zeros(3)}), lambda c: c["model"].update(more=torch.zeros(1)),
+    lambda c: c["model"]["conv_in.bias"].fill_(float("nan")), lambda c: c.pop("optimizer"),
+    lambda c: c.update(optimizer=[]), lambda c: c["optimizer"]["state"][0].clear(),
+    lambda c: c["optimizer"]["state"].pop(0),
+    lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
+    lambda c: c["optimizer"]["state"].update({9999: {}}), lambda c: c["optimizer"]["state"][0].update(exp_avg="zero"),
+])
+def test_restore_refuses_what_does_not_fit(damage):
+    model, optimizer = trained(1)
+    content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
+    damage(content)
+    assert_refused(Path("a.pt"), lambda path: restore(path, content, optimizer, model=model))
