@@ -4,5 +4,31 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["MPLBACKEND"] = "Agg"
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    """The test runs in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
+    import train
+    from scripts import TINY, call
+
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(train, *TINY, "--milestone_every", 2, "--sample_every", 1) == 0
+    return folder
+
+
+@pytest.fixture
+def final(trained) -> Path:
+    return trained / "checkpoints/final_model.pt"

@@ -1,0 +1,55 @@
+"""What the tests of the scripts share: calling a command line, and looking at what it left."""
+
+import csv
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--data critters --num_critters 8 --image_size 16 --width 8 --groups 4 --multipliers 1 2 --blocks 1 --epochs 3 "
+        "--batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32").split()
+FEW_STEPS = "--device cpu --precision fp32 --steps 3".split()
+
+
+def call(script, *flags) -> int | str | None:
+    """What `python SCRIPT FLAGS` exits with: a status, or the line that Python prints to stderr for status 1."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        try:
+            script.main()
+        except SystemExit as stopped:
+            return stopped.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return 0
+
+
+def assert_one_line(code: int | str | None, capsys, *words: str) -> None:
+    """The script ended with one line on stderr, beginning "error:" and holding these words."""
+    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
+    assert all(word in code for word in words), code
+    assert capsys.readouterr().err == ""  # Python prints the code; nothing else was
+
+
+def metrics(name: str = "metrics.csv") -> list[dict]:
+    with Path("outputs", name).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_run(ours: dict, theirs: dict) -> None:
+    """Two checkpoints hold the same weights and averages, to the last bit, at the same step, after the same losses."""
+    assert ours["step"] == theirs["step"]
+    for part in ("ema", "model"):
+        assert all(ours[part][name].equal(theirs[part][name]) for name in theirs[part]), f"{part} differs"
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert {**row, "images_per_second": 0} == {**other, "images_per_second": 0}
+
+
+def pictures(folder: str) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).iterdir())}

@@ -1,0 +1,120 @@
+"""A training that stops, for whatever reason, goes on as though it had not; and takes the place of no other."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import train
+from checkpoint import load_checkpoint
+from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.mark.parametrize("more", [[], ["--dropout", "0.3"], ["--lr_schedule", "cosine", "--warmup_steps", "4"]],
+                         ids=["plain", "dropout", "lr"])
+def test_a_resumed_run_is_the_uninterrupted_one(trained, more):
+    if more:
+        assert call(train, *TINY, *more, "--run_name", "whole") == 0
+        whole = load_checkpoint("checkpoints/whole/latest.pt")
+    else:
+        whole = load_checkpoint(trained / "checkpoints/latest.pt")
+    assert call(train, *TINY, *more, "--max_steps", 3) == 0  # in the middle of the second epoch
+    assert load_checkpoint("checkpoints/latest.pt")["step"] == 3
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    assert_same_run(load_checkpoint("checkpoints/latest.pt"), whole)
+    assert [float(row["loss"]) for row in metrics()] == [row["loss"] for row in whole["history"]]
+    final, ema = load_checkpoint("checkpoints/final_model.pt")["ema"], whole["ema"]
+    assert all(final[name].equal(ema[name]) for name in ema)
+
+
+def test_a_run_can_be_made_longer(trained):
+    assert call(train, *TINY, "--epochs", 2) == 0
+    assert call(train, "--resume", "--epochs", 3) == 0
+    assert_same_run(load_checkpoint("checkpoints/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, capsys, number, code):
+    calls, draw = [], train.draw_timesteps
+
+    def draw_and_interrupt(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            signal.raise_signal(number)
+        return draw(*args)
+
+    monkeypatch.setattr(train, "draw_timesteps", draw_and_interrupt)
+    assert call(train, *TINY, "--run_name", "mine") == code
+    assert "stopped at step 3 of 6" in capsys.readouterr().out
+    assert call(train, "--resume", "--run_name", "mine") == 0
+    assert len(calls) == 6  # no step was made twice
+    assert_same_run(load_checkpoint("checkpoints/mine/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT to send")
+def test_ctrl_c_on_the_real_command():
+    flags = [*TINY, "--epochs", "1000000", "--sample_every", "1000000"]
+    with open("out", "w") as out, open("err", "w") as err:  # not pipes, which the progress bar would fill
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=out, stderr=err)
+    try:
+        deadline = time.monotonic() + 240  # a starved machine takes long to import torch
+        while not (Path("outputs/metrics.csv").exists() and len(metrics()) > 1):
+            assert process.poll() is None and time.monotonic() < deadline, Path("err").read_text()[-500:]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "--resume" in Path("out").read_text() and "Traceback" not in Path("err").read_text()
+    step = load_checkpoint("checkpoints/latest.pt")["step"]
+    assert call(train, "--resume", "--max_steps", step + 1) == 0
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == step + 1
+
+
+def test_resume_refuses_another_configuration(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = Path("checkpoints/latest.pt").read_bytes()
+    for flags in ["--lr", "0.5"], ["--width", "16"], ["--multipliers", "1", "2", "2"], ["--seed", "1"]:
+        assert_one_line(call(train, "--resume", *flags), capsys, flags[0])
+    assert call(train, "--resume", "--lr", "1e-4", "--multipliers", 1, 2) == 0  # what the run has may be said again
+    assert "nothing to do" in capsys.readouterr().out
+    assert Path("checkpoints/latest.pt").read_bytes() == before
+
+
+def test_a_run_is_never_overwritten_by_another(trained, monkeypatch, capsys):
+    monkeypatch.chdir(trained)
+    before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+    assert_one_line(call(train, *TINY), capsys, "checkpoints/latest.pt", "--resume", "--run_name")
+    assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
+
+
+def test_resume_refuses_a_folder_with_other_images():
+    Path("mine").mkdir()
+    for i in range(3):
+        Image.new("RGB", (16, 16), (80 * i, 90, 200)).save(f"mine/{i}.png")
+    assert call(train, *TINY, "--data", "mine", "--max_steps", 1) == 0
+    Path("mine/0.png").unlink()
+    code = call(train, "--resume", "--max_steps", 2)
+    assert code.startswith("error: ") and "2 usable images" in code and "had 3" in code
+
+
+def test_resuming_a_finished_run_writes_the_final_model_that_a_kill_prevented(capsys):
+    assert call(train, *TINY, "--epochs", 1) == 0
+    Path("checkpoints/final_model.pt").unlink()
+    assert call(train, "--resume") == 0
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == 2
+
+
+def test_resume_refuses_a_file_that_is_not_for_resuming(trained, capsys):
+    """final_model.pt has no optimizer; somebody renamed it."""
+    Path("checkpoints").mkdir()
+    Path("checkpoints/latest.pt").write_bytes((trained / "checkpoints/final_model.pt").read_bytes())
+    assert_one_line(call(train, "--resume", "--epochs", 4), capsys, "latest.pt")

@@ -1,0 +1,272 @@
+"""train.py as people use it: through its command line, in a folder of their own.
+
+Most tests call main() in this process, since a new one takes seconds to import torch. A few start the real command.
+"""
+
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import train
+from checkpoint import load_checkpoint
+from reverse_diffusion import sample_seeds
+from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, pictures
+from unet import UNetConfig
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    grids = [f"generated_epoch_000{i}.png" for i in (1, 2, 3)]
+    assert sorted(os.listdir("outputs")) == [*grids, "loss.png", "metrics.csv"]
+    assert sorted(os.listdir("checkpoints")) == ["epoch_0002.pt", "final_model.pt", "latest.pt"]
+    assert Image.open("outputs/generated_epoch_0003.png").size == (2 * 16 + 3 * 2, 2 * 16 + 3 * 2)
+    assert Image.open("outputs/loss.png").size[0] > 400
+    rows = metrics()
+    assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
+    assert all(0 < float(row["loss"]) < 3 and float(row["images_per_second"]) > 0 for row in rows)
+    assert load_checkpoint("checkpoints/epoch_0002.pt")["step"] == 4
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == 6
+
+
+def test_the_first_loss_is_that_of_the_answer_zero():
+    """A new network answers 0, so its loss for eps is the mean square of the noise: 1, give or take 0.026 x 3.5."""
+    assert call(train, *TINY, "--num_critters", 4, "--image_size", 16, "--epochs", 1) == 0
+    assert float(metrics()[0]["loss"]) == pytest.approx(1, abs=0.09)
+
+
+@pytest.mark.parametrize("prediction, epochs, allowance", [("v", 120, 25), ("x0", 60, 10)])
+def test_training_and_sampling_together_learn_a_colour(prediction, epochs, allowance):
+    """Four pictures of one colour: what is sampled must have it. Measured: within 15 levels of 255 for v, 3 for x0."""
+    colour = (230, 60, 140)
+    Path("flat").mkdir()
+    for i in range(4):
+        Image.new("RGB", (8, 8), colour).save(f"flat/{i}.png")
+    flags = ("--data flat --image_size 8 --width 16 --groups 4 --multipliers 1 --blocks 1 --batch_size 16 "
+             "--augment none --lr 3e-3 --lr_schedule cosine --warmup_steps 10 --ema_decay 0.95 --schedule cosine "
+             "--num_samples 1 --sample_steps 1 --device cpu --precision fp32").split()
+    assert call(train, *flags, "--prediction", prediction, "--epochs", epochs, "--sample_every", epochs) == 0
+    for sampler in ("ddpm", "ddim"):
+        assert call(generate, "--num_images", 8, "--sampler", sampler, "--steps", 50, "--device", "cpu", "--precision",
+                    "fp32", "--individual", "--output", f"{sampler}.png") == 0
+        found = np.stack(list(pictures(sampler).values())).mean(axis=(0, 1, 2))
+        assert np.abs(found - colour).max() < allowance
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(trained):
+    for seed in (0, 1):
+        assert call(train, *TINY, "--seed", seed, "--run_name", f"seed{seed}") == 0
+    theirs = load_checkpoint(trained / "checkpoints/latest.pt")
+    assert_same_run(load_checkpoint("checkpoints/seed0/latest.pt"), theirs)
+    other = load_checkpoint("checkpoints/seed1/latest.pt")["ema"]
+    assert not any(other[name].equal(theirs["ema"][name]) for name in other if name.endswith("conv_1.weight"))
+    assert Path("outputs/seed1/metrics.csv").exists()
+
+
+def test_the_average_follows_the_weights():
+    assert call(train, *TINY, "--max_steps", 1) == 0
+    first = load_checkpoint("checkpoints/latest.pt")
+    assert call(train, "--resume", "--max_steps", 2) == 0
+    second = load_checkpoint("checkpoints/latest.pt")
+    for name, weight in second["model"].items():  # the second decay is 2/11, though --ema_decay is 0.9999
+        expected = (2 * first["ema"][name] + 9 * weight) / 11
+        torch.testing.assert_close(second["ema"][name], expected, rtol=1e-4, atol=1e-6)
+    assert not all(weight.equal(first["model"][name]) for name, weight in second["model"].items())
+    assert call(train, *TINY, "--max_steps", 3, "--ema_decay", 0, "--run_name", "none") == 0
+    after = load_checkpoint("checkpoints/none/latest.pt")
+    assert all(after["ema"][name].equal(weight) for name, weight in after["model"].items())
+
+
+@pytest.mark.parametrize("batch_size, num_timesteps", [(1, 10), (7, 10), (16, 1000), (50, 20)])
+def test_timesteps_are_uniform_and_spread_over_the_batch(batch_size, num_timesteps):
+    generator, batches = torch.Generator().manual_seed(0), 10_000 // batch_size
+    t = torch.stack([train.draw_timesteps(batch_size, num_timesteps, generator) for _ in range(batches)])
+    assert t.dtype == torch.int64 and t.min() == 0 and t.max() == num_timesteps - 1
+    part = torch.arange(batch_size)
+    assert (t >= part * num_timesteps // batch_size).all()
+    assert (t <= (part + 1) * num_timesteps / batch_size).all()
+    counts = torch.bincount(t.flatten(), minlength=num_timesteps).double()
+    expected = t.numel() / num_timesteps
+    assert (counts > 0).all() and (counts - expected).abs().max() < 5 * expected**0.5
+
+
+def test_timesteps_stay_in_range_when_float32_rounds_up(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
+    assert train.draw_timesteps(64, 1000, torch.Generator()).max() == 999
+
+
+def test_learning_rate():
+    config = train.Config(lr=0.1, warmup_steps=4)
+    assert [train.learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(
+        [0.025, 0.05, 0.1, 0.1, 0.1])
+    config = train.Config(lr=0.1, lr_schedule="cosine")
+    assert [train.learning_rate(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0])
+    assert 0 < train.learning_rate(config, 99, 100) < 1e-4
+
+
+def test_presets_and_flags(monkeypatch):
+    configs = []
+    monkeypatch.setattr(train, "train", lambda config, checkpoint: configs.append(config))
+    for flags in [], ["--preset", "quick"], ["--width", 64, "--preset", "quick", "--lr", "5e-4", "--multipliers", 1, 4]:
+        assert call(train, *flags) == 0
+    reference, quick, changed = configs
+    network = {name: value for name, value in asdict(UNetConfig()).items() if hasattr(reference, name)}
+    assert {name: getattr(reference, name) for name in network} == network and len(network) > 4
+    assert (reference.timesteps, reference.schedule, reference.prediction) == (1000, "linear", "eps")
+    assert (quick.data, quick.image_size, quick.width, quick.prediction) == ("critters", 32, 32, "v")
+    assert changed == train.Config(**{**asdict(quick), "width": 64, "lr": 5e-4, "multipliers": (1, 4)})
+
+
+def test_help_has_every_setting_and_its_default(capsys):
+    assert call(train, "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for setting in fields(train.Config):
+        assert f"--{setting.name} " in text
+    assert text.count("(default:") == len(fields(train.Config)) + 1  # and the preset's
+
+
+def test_without_the_pokemon_it_says_so_and_trains_on_critters(capsys):
+    Path("data/pokemon_jpg").mkdir(parents=True)
+    tiny = TINY[TINY.index("critters") + 1 :]
+    assert call(train, *tiny, "--max_steps", 1) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "data/pokemon_jpg/ has no images" in said and "training on critters" in said
+    assert "kaggle.com/datasets/kvpratama/pokemon-images-dataset" in said
+    assert load_checkpoint("checkpoints/final_model.pt")["config"]["data"] == "critters"
+    # But a folder that somebody names is meant.
+    code = call(train, *tiny, "--data", "data/pokemon_jpg", "--run_name", "named")
+    assert code.startswith("error: ") and "data/pokemon_jpg" in code
+
+
+def test_a_grid_shows_the_same_noise_at_every_epoch():
+    """Also for ddpm, which draws noise on the way, and for more images than go into one batch."""
+    zero, scheduler, cpu = (lambda x_t, t: 0 * x_t), train.NoiseScheduler(50), torch.device("cpu")
+    first, again = (sample_seeds(zero, scheduler, range(66), 16, cpu, "fp32", sampler="ddpm") for _ in range(2))
+    assert first.shape == (66, 3, 16, 16) and first.equal(again)
+    assert len({image.numpy().tobytes() for image in first}) == 66
+
+
+def test_a_corrupt_file_is_named_and_left_out(capsys):
+    Path("mine").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 24), (80 * i, 90, 200)).save(f"mine/good{i}.png")
+    Path("mine/torn.jpg").write_bytes(b"\xff\xd8\xff\xe0 torn")
+    assert call(train, *TINY, "--data", "mine", "--max_steps", 1) == 0
+    captured = capsys.readouterr()
+    assert [line for line in captured.err.splitlines() if line.startswith("warning:") and "torn.jpg" in line]
+    assert "images     3 of 16 x 16" in captured.out
+
+
+def test_a_full_disk_ends_with_one_line_that_says_where(monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    code = call(train, *TINY, "--max_steps", 1)
+    assert code.startswith("error: ") and "No space left" in code and "checkpoints" in code and "\n" not in code
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--data", "nowhere"], ["nowhere"]),
+    (["--data", "empty"], ["empty"]),
+    (["--data", "broken"], ["broken"]),
+    (["--image_size", "31"], ["--image_size", "multiple of 2", "31"]),
+    (["--image_size", "0"], ["--image_size"]),
+    (["--batch_size", "0"], ["--batch_size"]),
+    (["--epochs", "0"], ["--epochs"]),
+    (["--lr", "nan"], ["--lr"]),
+    (["--seed", "-1"], ["--seed"]),
+    (["--ema_decay", "1"], ["--ema_decay"]),
+    (["--dropout", "1"], ["dropout"]),
+    (["--timesteps", "1"], ["timesteps"]),
+    (["--width", "30"], ["30"]),
+    (["--multipliers", "0"], ["at least 1"]),
+    (["--device", "nosuch"], ["nosuch"]),
+    (["--data", "mine", "--run_name", "mine"], ["outputs"]),  # where a file is in the way
+    (["--resume"], ["checkpoints/latest.pt"]),
+])
+def test_train_refuses_in_one_line(flags, words, capsys):
+    for folder in ("empty", "broken", "mine"):
+        Path(folder).mkdir()
+    Path("broken/a.png").write_bytes(b"not a picture")
+    Image.new("RGB", (16, 16)).save("mine/a.png")
+    if "mine" in flags:
+        Path("outputs").write_text("a file")
+    code = call(train, *(flags if "--resume" in flags else [*TINY, *flags]))
+    if "broken" in flags:
+        assert "warning: left out broken/a.png" in capsys.readouterr().err
+    assert_one_line(code, capsys, *words)
+    assert not Path("checkpoints").exists()
+
+
+def test_the_reference_network_refuses_sizes_that_it_cannot_halve(capsys):
+    code = call(train, "--data", "critters", "--image_size", 30, "--device", "cpu")
+    assert_one_line(code, capsys, "multiple of 8", "30")
+
+
+@pytest.mark.parametrize("flags", [
+    ["--schedule", "foo"], ["--preset", "foo"], ["--prediction", "foo"], ["--batch_size", "many"],
+    ["--no_such_flag", "1"],
+])
+def test_a_value_that_no_flag_takes(flags, capsys):
+    assert call(train, *flags) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("train.py: error:") and flags[0] in last
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(monkeypatch, capsys):
+    weight = train.NoiseScheduler.loss_weight
+    monkeypatch.setattr(train.NoiseScheduler, "loss_weight", lambda *args: weight(*args) * float("nan"))
+    assert_stops = call(train, *TINY)
+    assert assert_stops.startswith("error: the loss") and "--lr" in assert_stops and "\n" not in assert_stops
+    assert not Path("checkpoints").exists()
+
+
+def test_the_last_save_comes_before_the_last_grid(monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError("no room for a picture")
+
+    monkeypatch.setattr(train, "save_image", no_room)
+    assert "no room" in call(train, *TINY)
+    assert load_checkpoint("checkpoints/latest.pt")["step"] == 6
+
+
+def test_the_average_keeps_no_graph(monkeypatch):
+    """One step's graph hanging on the one before would fill the memory in a long run."""
+    seen = []
+    monkeypatch.setattr(train, "sample_seeds", lambda ema, *args, **kwargs: seen.append(ema) or torch.zeros(1, 3, 8, 8))
+    assert call(train, *TINY, "--epochs", 1) == 0
+    assert not any(p.requires_grad for p in seen[0].parameters())
+
+
+def test_training_in_bfloat16_is_training_in_float32_but_for_rounding():
+    for precision in ("fp32", "bf16"):
+        assert call(train, *TINY, "--precision", precision, "--run_name", precision, "--epochs", 2) == 0
+    wide, narrow = ([float(row["loss"]) for row in metrics(f"{name}/metrics.csv")] for name in ("fp32", "bf16"))
+    assert wide != narrow and narrow == pytest.approx(wide, rel=0.02)
+
+
+@pytest.mark.parametrize("seconds, words", [
+    (40, ["1 min"]), (3 * 3600, ["3.0 hours"]), (5 * 86400, ["5.0 days", "--preset quick"]),
+])
+def test_the_duration_is_announced_and_days_on_a_cpu_name_the_way_out(seconds, words, capsys):
+    train.announce_duration(seconds, torch.device("cpu"))
+    said = capsys.readouterr().out
+    assert all(word in said for word in words)
+    assert ("quick" in said) == (seconds > 86400)
+
+
+def test_the_real_command_prints_the_line_and_fails():
+    done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, "--data", "nowhere"], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr
