@@ -18,8 +18,8 @@ AUGMENT_MODES = ("full", "flip", "none")
 MAX_ANGLE = math.radians(15)
 
 
-def augment(images: torch.Tensor, generator: torch.Generator | None = None,
-            mode: str = "full") -> tuple[torch.Tensor, torch.Tensor]:
+def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode: str = "full",
+            u: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 `[B, 3, S, S]` to (x_0 float32 `[B, 3, S, S]` in [-1, 1], told float32 `[B, 5]` in [-1, 1]).
 
     Modes: "none"; "flip", a mirror image with probability 1/2; "full", also with probability 1/2 each a rotation of up
@@ -29,13 +29,15 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None,
     (angle / 15 degrees counter-clockwise, brightness, contrast, saturation, hue), zeros where nothing was, and zeros
     when sampling: so samples are neither tilted nor tinted. A mirror image is not told: it is as good as the original.
 
-    Every call draws B x 8 numbers from `generator`, whatever the mode, on the generator's device (else the images').
+    Every call draws B x 8 numbers from `generator`, whatever the mode, on the generator's device (else the images'); or
+    they are given as `u`, uniform in [0, 1), where the images are part of a larger batch.
     An image that is not rotated is not resampled: it leaves as it came. Nothing here makes the host wait for a GPU.
     """
     if mode not in AUGMENT_MODES:
         raise ValueError(f"mode is one of {', '.join(AUGMENT_MODES)}, not {mode!r}")
-    device = images.device if generator is None else generator.device
-    u = torch.rand(len(images), 8, generator=generator, device=device)
+    if u is None:
+        device = images.device if generator is None else generator.device
+        u = torch.rand(len(images), 8, generator=generator, device=device)
     u = u.to(images.device, non_blocking=images.is_cuda)
     coin, amount = u[:, :3] < 0.5, 2 * u[:, 3:] - 1  # three decisions [B, 3], five amounts [B, 5] in [-1, 1)
     told = torch.zeros_like(amount)

@@ -116,8 +116,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
     return model.to(device).eval(), scheduler, config
 
 
-def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Adam, **modules: nn.Module) -> None:
-    """Put a training's state back: `content[name]` into each of `modules`, content["optimizer"] into the optimizer.
+def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler,
+            **modules: nn.Module) -> None:
+    """Put a training's state back: `content[name]` into each of `modules`, "optimizer" and "scaler" into theirs.
 
     Raises:
         CheckpointError: if the state does not fit them, or a weight is not a finite number.
@@ -134,6 +135,8 @@ def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Ad
             shapes = {name: value.shape for name, value in state.items()}
             if shapes != dict(step=torch.Size([]), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
                 raise ValueError("the memory of other weights")
+        if scaler.is_enabled() and content["scaler"]:  # else this run, or the one before, has no use for one
+            scaler.load_state_dict(content["scaler"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} does not fit the network that its own settings describe; choose another "
                               f"file") from error

@@ -16,7 +16,9 @@ import hashlib
 import itertools
 import math
 import os
+import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Callable, Iterator, Sequence
@@ -36,6 +38,7 @@ from labels import LABEL_SOURCES, LabelError, find_labels, multi_hot
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 # Pillow looks at a file's content, not at its name. Only these decoders may run: some others start outside programs.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP")
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_image refuses what Pillow only warns of
 
 
 class DataError(Exception):
@@ -114,11 +117,15 @@ def _reason(e: Exception) -> str:
 
 
 def _default_memory_limit() -> int:
-    """A quarter of the machine's memory in bytes; 2 GiB where the system does not say (Windows)."""
+    """A quarter of the machine's memory in bytes; 2 GiB where the system does not say (Windows).
+
+    Of several processes that torchrun starts on a machine, each has its part of it.
+    """
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+        quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
     except (AttributeError, ValueError, OSError):
-        return 2 * 1024**3
+        quarter = 2 * 1024**3
+    return quarter // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class ImageFolder(Dataset):
@@ -210,6 +217,11 @@ class ImageFolder(Dataset):
         self.images, self.left_out = images, len(bad)
         self._keep(good)
 
+    def fingerprint(self) -> str:
+        """A hash of the names and labels: the same for the same images, as far as that shows without reading them."""
+        names = b"\0".join(map(os.fsencode, [*self.names, *self.types]))
+        return hashlib.sha256(names + self.labels.numpy().tobytes()).hexdigest()
+
     def __len__(self) -> int:
         return len(self.files)
 
@@ -279,11 +291,13 @@ class ShuffledBatches(Sampler):
 
     An epoch is ceil(num_images / batch_size) steps and visits every image in an order drawn from (seed, epoch). Every
     batch is full: the last one of an epoch is filled up from the front of the epoch's order. Iterating yields the
-    batches of the steps first_step ... last_step - 1, without end when last_step is None.
+    batches of the steps first_step ... last_step - 1, without end when last_step is None, or of each the `share`, which
+    is one process's part of it.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int, first_step: int = 0, last_step: int | None = None):
-        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+    def __init__(self, num_images: int, batch_size: int, seed: int, first_step: int = 0, last_step: int | None = None,
+                 share: slice = slice(None)):
+        self.num_images, self.batch_size, self.seed, self.share = num_images, batch_size, seed, share
         self.first_step, self.last_step = first_step, last_step
         self.steps_per_epoch = math.ceil(num_images / batch_size)
         self._order = (-1, torch.empty(0))  # the last epoch asked for, and its order
@@ -299,7 +313,7 @@ class ShuffledBatches(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         steps = itertools.count(self.first_step) if self.last_step is None else range(self.first_step, self.last_step)
-        return map(self.batch, steps)
+        return (self.batch(step)[self.share] for step in steps)
 
     def __len__(self) -> int:
         if self.last_step is None:
@@ -311,16 +325,28 @@ def _as_is(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torc
     return batch
 
 
+def _work_on_through_signals(worker: int) -> None:
+    """Ctrl-C and SIGTERM often go to all processes at once; the one that trains finishes its step first, with our help.
+
+    It ends its workers itself. A second SIGTERM counts, since that is also how Python ends those that are left at exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+
+
 def make_loader(dataset: ImageFolder, batch_size: int, seed: int, first_step: int = 0, last_step: int | None = None,
-                workers: int = 0) -> DataLoader:
+                workers: int = 0, share: slice = slice(None)) -> DataLoader:
     """Batches (images uint8 `[B, 3, S, S]`, labels uint8 `[B, K]`) for the steps first_step ... last_step - 1.
 
-    The result is the same for any number of `workers` (processes): they decode files and draw no random number. Images
-    that are in memory need none.
+    The result is the same for any number of `workers` (processes; -1: one a core, at most 8): they decode files and
+    draw no random number. Images that are in memory need none. Of each batch only the `share` is read.
     """
-    return DataLoader(dataset, batch_sampler=ShuffledBatches(len(dataset), batch_size, seed, first_step, last_step),
-                      collate_fn=_as_is, num_workers=0 if dataset.images is not None else workers,
-                      pin_memory=torch.cuda.is_available(),
+    if workers < 0:
+        workers = min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    batches = ShuffledBatches(len(dataset), batch_size, seed, first_step, last_step, share)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=_as_is, pin_memory=torch.cuda.is_available(),
+                      num_workers=0 if dataset.images is not None else workers,
+                      worker_init_fn=_work_on_through_signals,
                       generator=torch.Generator())  # its own, so that starting a loader leaves torch's global one alone
 
 

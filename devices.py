@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
-PRECISIONS = ("auto", "bf16", "fp32")
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -27,7 +27,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"bf16" or "fp32"; "auto" is bfloat16 where the device computes in it. Weights and optimizer stay in float32."""
+    """"bf16", "fp16" or "fp32"; "auto" is bfloat16 where the device computes in it, else float32.
+
+    It is the precision of convolutions and matrix products. Weights and optimizer stay in float32.
+    """
     if name not in PRECISIONS:
         raise ValueError(f"unknown precision {name!r}: choose one of {', '.join(PRECISIONS)}")
     if name != "auto":
@@ -43,8 +46,9 @@ def pick_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A context in which convolutions and matrix products run in bfloat16 if `precision` is "bf16"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """A context in which convolutions and matrix products run in the `precision` that `pick_precision` gave."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

@@ -4,21 +4,18 @@
     python train.py                                      # the reference model on data/pokemon_jpg/, for a GPU
     python train.py --data my_pictures --image_size 32   # your own folder
     python train.py --resume                             # go on where a stopped run was
+    torchrun --nproc_per_node=8 train.py --batch_size 128 # on eight GPUs
 
 Sample grids, the loss curve and metrics.csv go to outputs/, weights to checkpoints/; see `python train.py --help`.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import csv
 import math
-import signal
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,20 +25,18 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from augmentation import AUGMENT_MODES, augment
-from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from checkpoint import restore
 from dataset import DataError, find_images, held_out_names, image_names, load_images, make_loader
-from devices import PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
+from devices import PRECISIONS, autocast, describe, memory_format, pick_precision
+from distributed import Processes
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
 from reverse_diffusion import SAMPLERS, sample_seeds
+from runs import (Run, announce_duration, find_run, flag, memory_advice, one_line_errors, parse_flags, run_folder,
+                  settle)
 from unet import UNet, UNetConfig, count_parameters
 
 POKEMON_FOLDER = "data/pokemon_jpg"
 POKEMON_SOURCE = "https://www.kaggle.com/datasets/kvpratama/pokemon-images-dataset"
-
-
-def flag(default, help: str, choices: Sequence[str] | None = None):
-    """A setting of `Config` with its help line; the command line is made from these."""
-    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass
@@ -49,10 +44,11 @@ class Config:
     """Every setting of a training run. The defaults are the reference configuration."""
 
     data: str = flag(POKEMON_FOLDER, "folder of images, at any depth; or 'critters', the built-in creatures")
-    num_critters: int = flag(2000, "how many critters to draw, where those are the data")
-    labels: str = flag("auto", "the images' types; auto: labels.csv in the folder (columns file,types), else the names of "
-                               "its sub-folders; none; or another csv file")
-    holdout: float = flag(0.0, "share of the images kept aside from training, for evaluate.py; 0 to below 1")
+    num_critters: int = flag(2000, "how many critters to draw, where those are the data", above=0)
+    labels: str = flag("auto", "the images' types; auto: labels.csv in the folder (columns file,types), else the names "
+                               "of its sub-folders; none; or another csv file")
+    holdout: float = flag(0.0, "share of the images kept aside from training, for evaluate.py; 0 to below 1",
+                          least=0, below=1)
     image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network")
     augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone", AUGMENT_MODES)
 
@@ -62,35 +58,41 @@ class Config:
     groups: int = flag(32, "groups of the group normalisations")
     dropout: float = flag(0.0, "in the residual blocks, from 0 to 1")
     label_dropout: float = flag(0.1, "share of the images whose types are not told, so that the network also learns to "
-                                     "draw without; 0 to 1")
+                                     "draw without; 0 to 1", least=0, most=1)
 
-    timesteps: int = flag(1000, "steps T of the diffusion")
+    timesteps: int = flag(1000, "steps T of the diffusion", above=0)
     schedule: str = flag("linear", "how the noise grows over the timesteps", SCHEDULES)
     prediction: str = flag("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
     loss_weighting: str = flag("uniform", "how the squared errors of the timesteps count", LOSS_WEIGHTINGS)
 
-    epochs: int = flag(2000, "passes over the data")
-    max_steps: int = flag(0, "stop after so many steps, 0: never")
-    batch_size: int = flag(16, "images a step")
-    lr: float = flag(1e-4, "learning rate of Adam")
+    epochs: int = flag(2000, "passes over the data", above=0)
+    max_steps: int = flag(0, "stop after so many steps, 0: never", least=0)
+    batch_size: int = flag(16, "images a step, of all processes together", above=0)
+    grad_accum: int = flag(1, "parts in which a step's images go through the network one after the other: more parts "
+                              "take less memory and change nothing else", above=0)
+    lr: float = flag(1e-4, "learning rate of Adam", above=0)
     lr_schedule: str = flag("constant", "cosine: the rate falls to 0 at the end", ("constant", "cosine"))
-    warmup_steps: int = flag(0, "steps over which the rate rises from 0")
-    clip_grad: float = flag(1.0, "largest norm of the gradient")
-    ema_decay: float = flag(0.9999, "decay a step of the weights' moving average, from 0 to 1; lower at the start")
-    seed: int = flag(0, "of the weights, the order, the noise and the augmentation")
+    warmup_steps: int = flag(0, "steps over which the rate rises from 0", least=0)
+    clip_grad: float = flag(1.0, "largest norm of the gradient", above=0)
+    ema_decay: float = flag(0.9999, "decay a step of the weights' moving average, from 0 to 1; lower at the start",
+                            least=0, below=1)
+    seed: int = flag(0, "of the weights, the order, the noise and the augmentation", least=0)
 
-    sample_every: int = flag(10, "epochs between sample grids and updates of the loss curve")
-    num_samples: int = flag(16, "images in a sample grid")
+    sample_every: int = flag(10, "epochs between sample grids and updates of the loss curve", above=0)
+    num_samples: int = flag(16, "images in a sample grid", above=0)
     sampler: str = flag("ddim", "how a sample grid is drawn", SAMPLERS)
-    sample_steps: int = flag(50, "network passes for a sample grid")
-    guidance: float = flag(1.0, "how strongly the images of a sample grid are pushed towards their types; 1: not beyond "
-                                "what the network says of them")
-    milestone_every: int = flag(100, "epochs between checkpoints that are kept")
-    save_every: float = flag(10.0, "minutes between saves of checkpoints/latest.pt")
+    sample_steps: int = flag(50, "network passes for a sample grid", above=0)
+    guidance: float = flag(1.0, "how strongly the images of a sample grid are pushed towards their types; 1: not "
+                                "beyond what the network says of them")
+    milestone_every: int = flag(100, "epochs between checkpoints that are kept, epoch_0100.pt and so on", above=0)
+    keep: int = flag(0, "how many of those to keep, the newest ones; 0: all", least=0)
+    save_every: float = flag(10.0, "minutes between saves of checkpoints/latest.pt", least=0)
 
-    workers: int = flag(2, "processes that decode images, when the folder does not fit in memory")
+    workers: int = flag(-1, "processes that decode images, when the folder does not fit in memory, for each process "
+                            "that trains; -1: one a core, at most 8", least=-1)
     device: str = flag("auto", "auto, cuda, cuda:1, mps, cpu, ...; auto: CUDA, else MPS, else the CPU")
-    precision: str = flag("auto", "of the network's arithmetic; auto: bf16 where the device has it", PRECISIONS)
+    precision: str = flag("auto", "of the network's arithmetic; auto: bf16 where the device has it; fp16 is for GPUs "
+                                  "that have not", PRECISIONS)
     run_name: str = flag("", "sub-folder of outputs/ and checkpoints/ for this run (default: none)")
 
 
@@ -108,31 +110,38 @@ PRESETS = {
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
-    "epochs", "max_steps", "sample_every", "num_samples", "sampler", "sample_steps", "guidance", "milestone_every",
-    "save_every", "workers", "device", "precision", "run_name",
+    "epochs", "max_steps", "grad_accum", "sample_every", "num_samples", "sampler", "sample_steps", "guidance",
+    "milestone_every", "keep", "save_every", "workers", "device", "precision", "run_name",
 }
+
+# What latest.pt holds beside the settings, so that a run can go on from it.
+NEEDED_TO_RESUME = dict(model=dict, ema=dict, optimizer=dict, scaler=dict, step=int, tally=torch.Tensor, history=list,
+                        num_images=int, fingerprint=str, types=list, held_out=list)
+
+COLUMNS = ("epoch", "step", "loss", "lr", "skipped")  # of metrics.csv
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which training stops
 
 
 def main() -> None:
-    try:
-        given = parse_flags()
-        checkpoint = find_run(run_folder("checkpoints", given) / "latest.pt", resume=given.pop("resume"))
-        config = settle(given, checkpoint)
-        train(config, checkpoint)
-    except (ValueError, DataError, CheckpointError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory; give a smaller --batch_size, --num_samples, --image_size or --width")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    with one_line_errors():
+        given = parse_flags(Config, PRESETS, "Train a diffusion model on a folder of images.")
+        checkpoint = find_run(given, Config, NEEDED_TO_RESUME)
+        config = settle(given, checkpoint, Config, PRESETS, MAY_CHANGE_ON_RESUME)
+        if config.data == POKEMON_FOLDER and "data" not in given and checkpoint is None and not has_images(config.data):
+            print(f"{POKEMON_FOLDER}/ has no images: put those of {POKEMON_SOURCE} there, or name a folder with "
+                  f"--data; training on critters, the built-in creatures, for now")
+            config.data = "critters"
+        with memory_advice(config.batch_size, config.grad_accum):
+            train(config, checkpoint)
 
 
 def train(config: Config, checkpoint: dict | None) -> None:
     """The whole run, in the order in which it happens."""
-    device = pick_device(config.device)
+    processes = Processes()  # this one, unless torchrun has started several
+    device = processes.pick_device(config.device)
     precision = pick_precision(config.precision, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    outputs, checkpoints = run_folder("outputs", asdict(config)), run_folder("checkpoints", asdict(config))
+    share = processes.share(config.batch_size, config.grad_accum)
 
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
@@ -150,6 +159,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     aside = set(held_out)
     dataset = load_images(config.data, config.image_size, labels=config.labels, keep=lambda name: name not in aside,
                           num_critters=config.num_critters, seed=config.seed)
+    fingerprint = dataset.fingerprint()
     if checkpoint is not None:
         if len(dataset) != checkpoint["num_images"]:
             raise ValueError(f"{config.data} has {len(dataset)} usable images and the run to resume had "
@@ -157,90 +167,139 @@ def train(config: Config, checkpoint: dict | None) -> None:
         if list(dataset.types) != checkpoint["types"]:
             raise ValueError(f"{config.data} has the types {' '.join(dataset.types) or '(none)'} and the run to resume "
                              f"had {' '.join(checkpoint['types']) or '(none)'}; bring its labels back")
+        if fingerprint != checkpoint["fingerprint"]:
+            raise ValueError(f"{config.data} has other file names or other labels than when the run to resume began; "
+                             f"bring those back, or start another run with --run_name")
     unet_config.num_types = len(dataset.types)
 
-    # The network, its moving average, and the two things that change them.
+    # The network, its moving average, and what changes them.
     torch.manual_seed(seed_from(config.seed, stream="weights"))
     model = UNet(unet_config).to(device, memory_format=memory_format(device))
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=device.type in ("cuda", "cpu"))
+    # float16 has no room for small gradients: the scaler multiplies the loss by as much as does not overflow.
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule)
 
     # Where it stands, and what will happen.
     steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
     total_steps = config.epochs * steps_per_epoch
     last_step = min(total_steps, config.max_steps or total_steps)
-    step, history, loss_sum = 0, [], torch.zeros((), device=device)
+    # Sums that stay on the device, since to read them is to wait for it: the losses of this epoch, the steps skipped
+    # in this epoch, and those skipped in a row until now.
+    step, history, tally = 0, [], torch.zeros(3, device=device)
     if checkpoint is not None:
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["ema"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        restore(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint, optimizer, scaler, model=model,
+                ema=ema)
         step, history = checkpoint["step"], checkpoint["history"]
-        loss_sum += checkpoint["loss_sum"].to(device)
+        tally += checkpoint["tally"].to(device)
         print(f"resuming at step {step:,} of {last_step:,}")
-    print(f"device     {describe(device)}, {precision}")
+    several = f", {processes.size} processes" if processes.size > 1 else ""
+    print(f"device     {describe(device)}, {precision}{several}")
     print(f"network    {count_parameters(model):,} parameters, predicting {config.prediction} on the {config.schedule} "
           f"schedule")
     print(f"images     {len(dataset):,} of {config.image_size} x {config.image_size}, augmentation: {config.augment}"
           + (f"; {len(held_out):,} kept aside" if held_out else ""))
     if dataset.types:
         print(f"types      {', '.join(dataset.types)}")
+    run = Run(config, history, COLUMNS, new=checkpoint is None, writes=processes.first)
     print(f"training   {config.epochs:,} epochs of {steps_per_epoch:,} steps of {config.batch_size} images; "
-          f"grids in {outputs}/, weights in {checkpoints}/")
+          f"grids in {run.outputs}/, weights in {run.checkpoints}/")
     if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
         print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
               f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
 
-    def save(path: Path, **more) -> None:
-        save_checkpoint(path, ema=ema.state_dict(), unet=asdict(unet_config), scheduler=scheduler.config(),
-                        config=asdict(config), types=list(dataset.types), held_out=held_out, step=step, epoch=step // steps_per_epoch, **more)
+    def save(name: str, **more) -> bool:
+        return run.save(name, ema=ema.state_dict(), unet=asdict(unet_config), scheduler=scheduler.config(),
+                        config=asdict(config), types=list(dataset.types), held_out=held_out, step=step,
+                        epoch=step // steps_per_epoch, **more)
 
-    def save_latest() -> None:
-        save(checkpoints / "latest.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), history=history,
-             loss_sum=loss_sum.cpu(), num_images=len(dataset))
+    def save_latest() -> bool:
+        return save("latest.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                    tally=tally.cpu(), history=history, num_images=len(dataset), fingerprint=fingerprint)
 
-    if step >= last_step:
-        save(checkpoints / "final_model.pt")
-        print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to go on")
-        return
-    outputs.mkdir(parents=True, exist_ok=True)
-    restart_metrics(outputs / "metrics.csv", history)
+    def draw_grid(path: Path) -> None:
+        # Always from the same noise, so that one sees the same creature grow.
+        images = sample_seeds(
+            ema, scheduler, range(config.num_samples), config.image_size, device, precision, sampler=config.sampler,
+            steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
+            types=each_type_in_turn(config.num_samples, len(dataset.types)),
+            guidance=config.guidance if dataset.types else 1.0,
+        )
+        nrow = math.ceil(math.sqrt(len(images)))
+        save_image(images, path, nrow=nrow, normalize=True, value_range=(-1, 1), pad_value=1)
 
-    generator = torch.Generator(device)
+    def show_progress() -> None:
+        if step == last_step or (step % steps_per_epoch == 0 and step // steps_per_epoch % config.sample_every == 0):
+            run.write("loss.png", run.draw_loss)
+            run.write(grid_name(), draw_grid)
+
+    def grid_name() -> str:
+        return f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
+
+    processes.join(device)
+    processes.check_same((fingerprint, step), "images and checkpoint")
+    network = processes.wrap(model)
     weights, averages = list(model.parameters()), list(ema.parameters())
-    stop = StopOnSignal()
+    generator = torch.Generator(device)
     bar = tqdm(total=last_step * config.batch_size, initial=step * config.batch_size, unit="img", smoothing=0.1,
                dynamic_ncols=True, mininterval=0.5)
     model.train()
-    started = saved = epoch_started = time.monotonic()
-    first_step = step
+    started, first_step = time.monotonic(), step
+    stop, saved, reported = 0, True, tally[1].item()  # asked to stop? the last save worked? skipped steps we spoke of
+    if step > 0 and not (run.outputs / grid_name()).exists():
+        show_progress()  # a kill came between the save and the grid
+    if step >= last_step:
+        print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to go on")
 
-    for images, types in make_loader(dataset, config.batch_size, config.seed, step, last_step, config.workers):
-        # All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly.
+    for images, types in make_loader(dataset, config.batch_size, config.seed, step, last_step, config.workers, share):
+        # All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly. It is
+        # drawn for the whole batch, of which this process takes its share: that costs little next to the network, and
+        # gives the same step in any number of processes and parts.
         generator.manual_seed(seed_from(config.seed, step, stream="step"))
-        if config.dropout:
-            torch.manual_seed(seed_from(config.seed, step, stream="dropout"))
-        x_0, told = augment(images.to(device, non_blocking=True), generator, config.augment)
-        t = draw_timesteps(len(x_0), config.timesteps, generator)
-        noise = torch.randn(x_0.shape, generator=generator, device=device)
-        x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(device))
-        told_types = torch.rand(len(x_0), 1, generator=generator, device=device) >= config.label_dropout
-        types = types.to(device, non_blocking=True) * told_types
+        shape = (config.batch_size, 3, config.image_size, config.image_size)
+        u = torch.rand(shape[0], 8, generator=generator, device=device)
+        t = draw_timesteps(shape[0], config.timesteps, generator)
+        noise = torch.randn(shape, generator=generator, device=device)
+        told = torch.rand(shape[0], 1, generator=generator, device=device) >= config.label_dropout
+        batch = (images.to(device, non_blocking=True), types.to(device, non_blocking=True),
+                 u[share], t[share], noise[share], told[share])
 
-        with autocast(device, precision):
-            output = model(x_t, t, types, augmentation=told)
-        error = F.mse_loss(output.float(), scheduler.target(config.prediction, x_0, t, noise), reduction="none")
-        loss = (error.mean(dim=(1, 2, 3)) * scheduler.loss_weight(config.loss_weighting, config.prediction, t)).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(weights, config.clip_grad)
+        loss = torch.zeros((), device=device)
+        for part, (images, types, u, t, noise, told) in enumerate(zip(*(x.chunk(config.grad_accum) for x in batch))):
+            if config.dropout:
+                torch.manual_seed(seed_from(config.seed, step, share.start, part, stream="dropout"))
+            x_0, augmentation = augment(images, mode=config.augment, u=u)
+            x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(device))
+            network.require_backward_grad_sync = part == config.grad_accum - 1  # the processes meet at the last part
+            with autocast(device, precision):
+                output = network(x_t, t, types * told, augmentation=augmentation)
+            error = F.mse_loss(output.float(), scheduler.target(config.prediction, x_0, t, noise), reduction="none")
+            weight = scheduler.loss_weight(config.loss_weighting, config.prediction, t)
+            part_loss = (error.mean(dim=(1, 2, 3)) * weight).mean() / config.grad_accum
+            scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(weights, config.clip_grad)
+        loss = processes.mean(loss)
+        # A step whose loss or gradient is not finite is skipped: nothing changes. This is decided on the device, where
+        # fused Adam and the factor of the average look at `finite`; asking for it here would make the host wait.
+        finite = torch.isfinite(loss + norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step, total_steps)
-        optimizer.step()
+        optimizer.found_inf = 1 - finite.float()
+        if optimizer.defaults["fused"] or finite:
+            scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         # The average follows the weights closely at first: with the full decay it would stay near the random start.
         with torch.no_grad():
-            torch._foreach_lerp_(averages, weights, 1 - min(config.ema_decay, (1 + step) / (10 + step)))
-        loss_sum += loss.detach()  # kept on the device: reading it here would make the host wait at every step
+            change = torch._foreach_sub(weights, averages)
+            torch._foreach_mul_(change, finite * (1 - min(config.ema_decay, (1 + step) / (10 + step))))
+            torch._foreach_add_(averages, change)
+        skip = 1 - finite.float()
+        tally = torch.stack([tally[0] + loss.where(finite, 0), tally[1] + skip, (tally[2] + 1) * skip])
         step += 1
 
         bar.update(config.batch_size)
@@ -254,48 +313,48 @@ def train(config: Config, checkpoint: dict | None) -> None:
             announce_duration((time.monotonic() - started) / 20 * (last_step - step), device)
 
         epoch, in_epoch = divmod(step, steps_per_epoch)
-        save_now = stop or step == last_step or time.monotonic() - saved > 60 * config.save_every
-        if (in_epoch == 0 or save_now) and not math.isfinite(loss_sum.item()):
-            raise ValueError(f"the loss is no longer a finite number at step {step:,}; try a lower --lr or --precision "
-                             f"fp32. What {checkpoints}/ has is from before")
+        stop = processes.largest(run.stop.signal)  # the processes stop after the same step
+        save_now = stop or step == last_step or run.save_due()
+        if save_now or in_epoch == 0 or step % 20 == 0:
+            losses, skipped, in_a_row = tally.tolist()
+            if skipped > reported:
+                tqdm.write(f"warning: skipped {skipped - reported:.0f} of the steps up to {step:,}, whose loss or "
+                           f"gradient was not finite", file=sys.stderr)
+                reported = skipped
+            if in_a_row >= MAX_SKIPPED:
+                raise ValueError(f"no finite loss and gradient in {in_a_row:.0f} steps up to {step:,}: --lr is too "
+                                 f"high (start another run with a lower one, or with --warmup_steps), or float16 too "
+                                 f"narrow (--resume --precision fp32); {run.checkpoints}/ has the weights from before")
         if in_epoch == 0:
-            seconds = time.monotonic() - epoch_started
-            speed = min(steps_per_epoch, step - first_step) * config.batch_size / seconds
-            row = dict(epoch=epoch, step=step, loss=loss_sum.item() / steps_per_epoch,
-                       lr=learning_rate(config, step - 1, total_steps), images_per_second=round(speed, 1))
-            history.append(row)
-            append_metrics(outputs / "metrics.csv", row)
-            loss_sum.zero_()
+            mean = losses / (steps_per_epoch - skipped) if skipped < steps_per_epoch else math.nan
+            run.log(dict(epoch=epoch, step=step, loss=mean, lr=learning_rate(config, step - 1, total_steps),
+                         skipped=int(skipped)))
+            tally[:2] = reported = 0
             if epoch % config.milestone_every == 0 and step < total_steps:
-                save(checkpoints / f"epoch_{epoch:04d}.pt")
+                save(f"epoch_{epoch:04d}.pt")
+                run.keep_milestones(config.keep)
         if save_now:
-            save_latest()
-            saved = time.monotonic()
-        if step == last_step or (in_epoch == 0 and epoch % config.sample_every == 0 and not stop):
-            # Always from the same noise, so that one sees the same creature grow.
-            images = sample_seeds(
-                ema, scheduler, range(config.num_samples), config.image_size, device, precision,
-                sampler=config.sampler, steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
-                types=each_type_in_turn(config.num_samples, len(dataset.types)),
-                guidance=config.guidance if dataset.types else 1.0,
-            )
-            path = outputs / f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
-            nrow = math.ceil(math.sqrt(len(images)))
-            save_image(images, path, nrow=nrow, normalize=True, value_range=(-1, 1), pad_value=1)
-            draw_loss(outputs / "loss.png", history)
-        if in_epoch == 0:
-            epoch_started = time.monotonic()  # so that images a second leave out the grids and the saves
+            saved = save_latest()
+        if step == last_step or not stop:
+            show_progress()
         if stop:
             break
 
     bar.close()
+    processes.leave()
+    if not saved:
+        raise OSError(f"the training stands at step {step:,} but could not be saved; {run.checkpoints}/latest.pt is "
+                      f"from before. Make room, and --resume repeats the steps since then, to the same result")
     if stop and step < last_step:
         name = f" --run_name {config.run_name}" if config.run_name else ""
         print(f"stopped at step {step:,} of {last_step:,} and saved; go on with: python train.py --resume{name}")
-        sys.exit(128 + stop.signal)
-    save(checkpoints / "final_model.pt")
-    print(f"done: {outputs}/generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png shows samples; for more:\n"
-          f"  python generate.py --checkpoint {checkpoints}/final_model.pt --num_images 64")
+        sys.exit(128 + stop)
+    if not save("final_model.pt"):
+        raise OSError(f"the training is done, but {run.checkpoints}/final_model.pt could not be written. Make room, "
+                      f"and --resume writes it")
+    if step > first_step:
+        print(f"done: {run.outputs}/{grid_name()} shows samples; for more:\n"
+              f"  python generate.py --checkpoint {run.checkpoints}/final_model.pt --num_images 64")
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
@@ -321,141 +380,11 @@ def each_type_in_turn(num_images: int, num_types: int) -> torch.Tensor | None:
     return torch.eye(num_types)[torch.arange(num_images) % num_types] if num_types else None
 
 
-class StopOnSignal:
-    """True once Ctrl-C or SIGTERM came: the loop finishes its step and saves. A second one stops at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number: int, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-
-    def __bool__(self) -> bool:
-        return self.signal != 0
-
-
-def announce_duration(seconds: float, device: torch.device) -> None:
-    """Say how long the rest will take, and name the way out when that is more than an evening on a CPU."""
-    if seconds < 90 * 60:
-        words = f"{max(1, round(seconds / 60))} min"
-    else:
-        words = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
-    tqdm.write(f"at this speed, training takes about {words} more")
-    if device.type == "cpu" and seconds > 6 * 3600:
-        tqdm.write("this configuration is made for a GPU; on a CPU, `python train.py --preset quick` takes minutes "
-                   "(Ctrl-C stops this run and saves it)")
-
-
-def restart_metrics(path: Path, history: list[dict]) -> None:
-    """Write metrics.csv anew: its heading, and the epochs that a resumed run has behind it."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["epoch", "step", "loss", "lr", "images_per_second"])
-        writer.writeheader()
-        writer.writerows(history)
-
-
-def append_metrics(path: Path, row: dict) -> None:
-    with path.open("a", newline="") as file:
-        csv.DictWriter(file, list(row)).writerow(row)
-
-
-def draw_loss(path: Path, history: list[dict]) -> None:
-    """The loss of each epoch as a curve, on logarithmic axes, where a steady improvement is a straight line."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    axis.loglog([row["epoch"] for row in history], [row["loss"] for row in history])
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("mean squared error")
-    axis.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def run_folder(top: str, settings: dict) -> Path:
-    """outputs/ or checkpoints/, or this run's folder in it."""
-    return Path(top) / settings.get("run_name", "")
-
-
 def has_images(folder: str) -> bool:
     try:
         return bool(find_images(folder))
     except DataError:
         return False
-
-
-def find_run(latest: Path, resume: bool) -> dict | None:
-    """The checkpoint to go on from, or None for a new run, which may not take the place of another."""
-    if not resume:
-        if latest.exists():
-            raise ValueError(f"{latest} is from an earlier run; go on with it: --resume, or keep it and give this one "
-                             f"a folder of its own: --run_name NAME")
-        return None
-    checkpoint = load_checkpoint(latest)
-    missing = {"model", "ema", "optimizer", "step", "history", "loss_sum", "num_images", "config", "types", "held_out"} - checkpoint.keys()
-    if missing or set(checkpoint["config"]) != {setting.name for setting in fields(Config)}:
-        raise CheckpointError(f"{latest} cannot be resumed: it is not the latest.pt of a run of this version")
-    return checkpoint
-
-
-def settle(given: dict, checkpoint: dict | None) -> Config:
-    """The settings of this run, out of the flags given, the preset, and the checkpoint where one is resumed."""
-    preset = given.pop("preset", "reference")
-    if checkpoint is None:
-        config = Config(**{**PRESETS[preset], **given})
-        if config.data == POKEMON_FOLDER and "data" not in given and not has_images(POKEMON_FOLDER):
-            print(f"{POKEMON_FOLDER}/ has no images: put those of {POKEMON_SOURCE} there, or name a folder with "
-                  f"--data; training on critters, the built-in creatures, for now")
-            config.data = "critters"
-    else:
-        before = checkpoint["config"]
-        wrong = [f"--{name} {before[name]}" for name in given
-                 if name not in MAY_CHANGE_ON_RESUME and given[name] != before[name]]
-        if wrong:
-            raise ValueError(f"the run to resume has {', '.join(wrong)}: leave these flags out, or start another run")
-        config = Config(**{**before, **given})
-    for name in ("num_critters", "epochs", "batch_size", "timesteps", "sample_every", "num_samples", "sample_steps",
-                 "milestone_every", "lr", "clip_grad"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"--{name} must be more than 0, not {getattr(config, name)}")
-    for name in ("max_steps", "seed", "workers", "warmup_steps", "save_every"):
-        if not getattr(config, name) >= 0:
-            raise ValueError(f"--{name} must be 0 or more, not {getattr(config, name)}")
-    if not math.isfinite(config.lr):
-        raise ValueError(f"--lr must be a finite number, not {config.lr}")
-    for name in ("ema_decay", "holdout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be in [0, 1), not {getattr(config, name)}")
-    if not 0 <= config.label_dropout <= 1:
-        raise ValueError(f"--label_dropout must be in [0, 1], not {config.label_dropout}")
-    return config
-
-
-def parse_flags() -> dict:
-    """The flags that were given, and no others: so that a preset's values, or a checkpoint's, fill the rest."""
-    parser = argparse.ArgumentParser(
-        description="Train a diffusion model on a folder of images.", argument_default=argparse.SUPPRESS,
-    )
-    parser.add_argument("--preset", choices=PRESETS, help="settings to start from (default: reference); "
-                        "a flag given beside it wins")
-    parser.add_argument("--resume", action="store_true", default=False, help="go on from checkpoints/latest.pt, or "
-                        "that of --run_name, with its settings")
-    for setting in fields(Config):
-        many = setting.name == "multipliers"
-        shown = " ".join(map(str, setting.default)) if many else setting.default
-        text = setting.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
-        parser.add_argument(f"--{setting.name}", help=text.replace("%", "%%"), choices=setting.metadata["choices"],
-                            type=int if many else type(setting.default), **({"nargs": "+"} if many else {}))
-    given = vars(parser.parse_args())
-    if "multipliers" in given:
-        given["multipliers"] = tuple(given["multipliers"])
-    return given
 
 
 if __name__ == "__main__":

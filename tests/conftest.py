@@ -20,7 +20,7 @@ def own_folder(tmp_path, monkeypatch):
 def trained(tmp_path_factory) -> Path:
     """The folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
     import train
-    from scripts import TINY, call
+    from scripts import TINY, call  # not above: they need the path that is set there
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:

@@ -244,7 +244,7 @@ def test_restore_puts_the_training_back():
     content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
     content["optimizer"]["param_groups"][0]["lr"] = "not a number"  # settings come from the code, never from a file
     other, its_optimizer = trained(2)
-    restore("a.pt", content, its_optimizer, model=other)
+    restore("a.pt", content, its_optimizer, torch.amp.GradScaler("cpu", enabled=False), model=other)
     assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert its_optimizer.param_groups[0]["lr"] == 1e-3
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
@@ -259,9 +259,12 @@ def test_restore_puts_the_training_back():
     lambda c: c["optimizer"]["state"].pop(0),
     lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
     lambda c: c["optimizer"]["state"].update({9999: {}}), lambda c: c["optimizer"]["state"][0].update(exp_avg="zero"),
+    lambda c: c["scaler"].pop("scale"), lambda c: c.update(scaler=3),
 ])
 def test_restore_refuses_what_does_not_fit(damage):
     model, optimizer = trained(1)
-    content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
+    scaler = torch.amp.GradScaler("cpu")
+    content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()),
+                   scaler=scaler.state_dict())
     damage(content)
-    assert_refused(Path("a.pt"), lambda path: restore(path, content, optimizer, model=model))
+    assert_refused(Path("a.pt"), lambda path: restore(path, content, optimizer, scaler, model=model))

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import generate
+import runs
 import train
 from checkpoint import load_checkpoint
 from reverse_diffusion import sample_seeds
@@ -28,12 +29,12 @@ def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
     monkeypatch.chdir(trained)
     grids = [f"generated_epoch_000{i}.png" for i in (1, 2, 3)]
     assert sorted(os.listdir("outputs")) == [*grids, "loss.png", "metrics.csv"]
-    assert sorted(os.listdir("checkpoints")) == ["epoch_0002.pt", "final_model.pt", "latest.pt"]
+    assert sorted(os.listdir("checkpoints")) == [".lock", "epoch_0002.pt", "final_model.pt", "latest.pt"]
     assert Image.open("outputs/generated_epoch_0003.png").size == (2 * 16 + 3 * 2, 2 * 16 + 3 * 2)
     assert Image.open("outputs/loss.png").size[0] > 400
     rows = metrics()
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "2"), ("2", "4"), ("3", "6")]
-    assert all(0 < float(row["loss"]) < 3 and float(row["images_per_second"]) > 0 for row in rows)
+    assert all(0 < float(row["loss"]) < 3 for row in rows)
     assert load_checkpoint("checkpoints/epoch_0002.pt")["step"] == 4
     assert load_checkpoint("checkpoints/final_model.pt")["step"] == 6
 
@@ -166,15 +167,6 @@ def test_a_corrupt_file_is_named_and_left_out(capsys):
     assert "images     3 of 16 x 16" in captured.out
 
 
-def test_a_full_disk_ends_with_one_line_that_says_where(monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full)
-    code = call(train, *TINY, "--max_steps", 1)
-    assert code.startswith("error: ") and "No space left" in code and "checkpoints" in code and "\n" not in code
-
-
 @pytest.mark.parametrize("flags, words", [
     (["--data", "nowhere"], ["nowhere"]),
     (["--data", "empty"], ["empty"]),
@@ -223,23 +215,6 @@ def test_a_value_that_no_flag_takes(flags, capsys):
     assert last.startswith("train.py: error:") and flags[0] in last
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(monkeypatch, capsys):
-    weight = train.NoiseScheduler.loss_weight
-    monkeypatch.setattr(train.NoiseScheduler, "loss_weight", lambda *args: weight(*args) * float("nan"))
-    assert_stops = call(train, *TINY)
-    assert assert_stops.startswith("error: the loss") and "--lr" in assert_stops and "\n" not in assert_stops
-    assert not Path("checkpoints").exists()
-
-
-def test_the_last_save_comes_before_the_last_grid(monkeypatch):
-    def no_room(*args, **kwargs):
-        raise OSError("no room for a picture")
-
-    monkeypatch.setattr(train, "save_image", no_room)
-    assert "no room" in call(train, *TINY)
-    assert load_checkpoint("checkpoints/latest.pt")["step"] == 6
-
-
 def test_the_average_keeps_no_graph(monkeypatch):
     """One step's graph hanging on the one before would fill the memory in a long run."""
     seen = []
@@ -259,7 +234,7 @@ def test_training_in_bfloat16_is_training_in_float32_but_for_rounding():
     (40, ["1 min"]), (3 * 3600, ["3.0 hours"]), (5 * 86400, ["5.0 days", "--preset quick"]),
 ])
 def test_the_duration_is_announced_and_days_on_a_cpu_name_the_way_out(seconds, words, capsys):
-    train.announce_duration(seconds, torch.device("cpu"))
+    runs.announce_duration(seconds, torch.device("cpu"))
     said = capsys.readouterr().out
     assert all(word in said for word in words)
     assert ("quick" in said) == (seconds > 86400)
