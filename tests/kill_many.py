@@ -1,0 +1,149 @@
+"""Kill a small training over and over with SIGKILL, resume it each time, and compare its end with an undisturbed run.
+
+    python tests/kill_many.py --kills 200
+
+A kill comes after a random time, or at a random moment of a save: half-way through the bytes of a checkpoint, of a grid
+or of a line of metrics.csv, or just before or after a file is synced or gets its name. Every run must end with the files
+of the undisturbed one: the same weights, moving average, optimizer and everything else in its checkpoints, to the last
+bit, and the same bytes in metrics.csv and in the pictures.
+
+POSIX only: each life is a fork of this process, which has imported everything already and so costs a fraction of a second.
+"""
+
+import argparse
+import io
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's other threads
+os.environ["MPLBACKEND"] = "Agg"
+
+import matplotlib.pyplot as plt  # noqa: E402: imported here once, instead of in every life
+import torch  # noqa: E402
+
+import runs  # noqa: E402
+import train  # noqa: E402
+from checkpoint import load_checkpoint  # noqa: E402
+from scripts import same  # noqa: E402
+
+FLAGS = ("--data critters --num_critters 10 --image_size 8 --width 8 --groups 4 --multipliers 1 2 --blocks 1 --epochs 12 "
+         "--batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 --dropout 0.1 "
+         "--sample_every 4 --milestone_every 3 --keep 2 --save_every 0").split()
+MOMENTS = ("any time", "half a checkpoint", "half a grid", "half a line", "before a sync", "after a sync",
+           "before a rename", "after a rename")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # until it arrives
+
+
+def arm(moment: str, chance: random.Random, seconds: float) -> None:
+    """See to it that this process is killed at such a moment, after `seconds` at most or after some that it survives."""
+    if moment == "any time":
+        threading.Timer(seconds * chance.random(), die).start()
+        return
+    writers = {"half a checkpoint": (torch, "save"), "half a grid": (train, "save_image"),
+               "half a line": (runs.Run, "_append_metrics")}
+    module, name = writers.get(moment, (os, "fsync" if "sync" in moment else "replace"))
+    original = getattr(module, name)
+    survived = chance.randrange(1 if "grid" in moment or "line" in moment else 6)
+
+    def deadly(*args, **kwargs):
+        nonlocal survived
+        survived -= 1
+        if survived >= 0:
+            return original(*args, **kwargs)
+        if moment.startswith("before"):
+            die()
+        original(*args, **kwargs)
+        if moment.startswith("half"):
+            cut(args[1])
+        die()
+
+    def cut(written) -> None:
+        """Leave a random part of what the last write added to a file, open or closed."""
+        path = Path(written.name if hasattr(written, "name") and not isinstance(written, Path) else written)
+        if not isinstance(written, Path):
+            written.flush()
+        size = path.stat().st_size
+        os.truncate(path, size - chance.randrange(1, 20) if moment == "half a line" else chance.randrange(size))
+
+    setattr(module, name, deadly)
+
+
+def live(folder: Path, flags: list[str], moment: str | None, chance: random.Random, seconds: float = 0) -> int:
+    """Run `train.py FLAGS` in a process of its own, which gets killed at a `moment`; its status, as waitpid gives it."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            os.chdir(folder)
+            log = os.open("log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1), os.dup2(log, 2)
+            sys.argv = ["train.py", *flags]
+            if moment is not None:
+                arm(moment, chance, seconds)
+            train.main()
+            status = 0
+        except SystemExit as stopped:
+            print(stopped.code, flush=True)
+        finally:
+            os._exit(status)
+    return os.waitpid(process, 0)[1]
+
+
+def compare(folder: Path, whole: Path) -> None:
+    """Fail unless two runs have left the same."""
+    names = [{path.relative_to(top).as_posix() for part in ("outputs", "checkpoints") for path in (top / part).iterdir()}
+             for top in (folder, whole)]
+    assert names[0] == names[1], f"{folder} has other files than {whole}: {names[0] ^ names[1]}"
+    for name in names[0] - {"checkpoints/.lock"}:
+        if name.endswith(".pt"):
+            assert same(load_checkpoint(folder / name), load_checkpoint(whole / name)), f"{folder / name} differs"
+        else:
+            assert (folder / name).read_bytes() == (whole / name).read_bytes(), f"{folder / name} differs"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Kill a training many times and compare its end with a whole one's.")
+    parser.add_argument("--kills", type=int, default=200, help="how many times, at least (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, help="another one kills at other moments (default: 0)")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    plt.subplots(layout="constrained")[0].savefig(io.BytesIO())  # finds the fonts
+    chance, kills, finished, lives, unfinished = random.Random(args.seed), Counter(), 0, 0, False
+    with tempfile.TemporaryDirectory() as top:
+        whole = Path(top, "whole")
+        whole.mkdir()
+        started = time.monotonic()
+        assert live(whole, FLAGS, None, chance) == 0, (whole / "log").read_text()
+        seconds = time.monotonic() - started
+        while kills.total() < args.kills or unfinished:
+            folder = Path(top, f"run_{finished}")
+            folder.mkdir(exist_ok=True)
+            begun = (folder / "checkpoints/latest.pt").exists()
+            moment = MOMENTS[lives % len(MOMENTS)] if kills.total() < args.kills else None
+            status = live(folder, ["--resume"] if begun else FLAGS, moment, chance, seconds / 6)
+            lives += 1
+            unfinished = status == signal.SIGKILL
+            if unfinished:
+                kills[moment] += 1
+                continue
+            assert status == 0, f"a life ended with status {status}: {(folder / 'log').read_text()[-2000:]}"
+            compare(folder, whole)
+            finished += 1
+    print(f"{kills.total()} kills of {finished} runs, each of which ended as the undisturbed one, bit for bit")
+    print(", ".join(f"{moment}: {kills[moment]}" for moment in MOMENTS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""A training that is killed twenty times ends as one that was not: a short form of kill_many.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kill_many.py forks")
+def test_twenty_kills_change_nothing():
+    script = Path(__file__).with_name("kill_many.py")
+    done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[0]) >= 20 and "bit for bit" in done.stdout
