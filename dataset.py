@@ -92,6 +92,8 @@ def decode_image(path: str | Path, image_size: int) -> np.ndarray:
     frame is taken. Raises whatever Pillow raises for a file that it cannot read, and DecompressionBombError for one
     of more than Image.MAX_IMAGE_PIXELS pixels.
     """
+    if not os.path.isfile(path):  # to open a pipe would be to wait for ever
+        raise OSError("not a file, or a link to nowhere")
     with Image.open(path, formats=FORMATS) as image:
         # Pillow only warns up to twice its limit, and a warning filter is not safe in threads: so ask again here.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -113,7 +115,12 @@ def _reason(e: Exception) -> str:
     """Why an image could not be read, in a few words on one line."""
     if isinstance(e, UnidentifiedImageError):
         return "not an image, or an empty file"  # Pillow's own message repeats the path
-    return (str(e) or type(e).__name__).splitlines()[0]
+    return printable((getattr(e, "strerror", None) or str(e) or type(e).__name__).splitlines()[0])
+
+
+def printable(text: object) -> str:
+    """The text on one line that any terminal can show: a file's name can hold line breaks, and worse."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _default_memory_limit() -> int:
@@ -208,7 +215,7 @@ class ImageFolder(Dataset):
                                  desc="decoding", unit="image", delay=2, leave=False))
         bad = [(path, problem) for path, problem in zip(self.files, problems) if problem]
         for path, problem in bad[:10]:
-            print(f"warning: left out {path}: {problem}", file=sys.stderr)
+            print(f"warning: left out {printable(path)}: {problem}", file=sys.stderr)
         if len(bad) > 10:
             print(f"warning: left out {len(bad) - 10} more files that cannot be read", file=sys.stderr)
         good = [i for i, problem in enumerate(problems) if not problem]
@@ -238,7 +245,8 @@ class ImageFolder(Dataset):
                 return torch.from_numpy(decode_image(self.files[j], self.image_size)), self.labels[j]
             except Exception as e:  # as in _decode_all
                 if j not in self._warned:
-                    print(f"warning: cannot read {self.files[j]}: {_reason(e)}; using the next image", file=sys.stderr)
+                    print(f"warning: cannot read {printable(self.files[j])}: {_reason(e)}; using the next image",
+                          file=sys.stderr)
                     self._warned.add(j)
         raise DataError(f"none of the {len(self)} image files, from {self.files[0]} on, can be read")
 
@@ -365,8 +373,8 @@ def main() -> None:
     try:
         dataset = ImageFolder(args.folder, args.image_size)
     except DataError as e:
-        sys.exit(f"error: {e}")
-    print(f"{len(dataset)} images in {args.folder}, {dataset.left_out} files left out")
+        sys.exit(f"error: {printable(e)}")
+    print(f"{len(dataset)} images in {printable(args.folder)}, {dataset.left_out} files left out")
     for name, count in zip(dataset.types, dataset.labels.sum(0, dtype=torch.long).tolist()):
         print(f"{count:6d} {name}")
 

@@ -69,7 +69,7 @@ class Processes:
         """The model, which from now on averages its gradients over all processes."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """The mean of x over all processes, on its device, without waiting for it."""

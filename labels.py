@@ -15,6 +15,7 @@ Without one, the sub-folder that a picture lies in is its type, as in torchvisio
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def find_labels(folder: str | Path, names: Sequence[str], source: str = "auto") 
     if source == "none":
         return None
     path = Path(source) if source != "auto" else Path(folder).expanduser() / "labels.csv"
-    if source != "auto" or path.exists():
+    if source != "auto" or os.path.lexists(path):  # a link to nowhere is an error, and not a folder without labels
         table = read_labels(path)
         labels = [table.get(name, table.get(name.rsplit("/", 1)[-1], ())) for name in names]
         if not any(labels):
@@ -68,6 +69,9 @@ def read_labels(path: str | Path) -> dict[str, tuple[str, ...]]:
                 raise LabelError(f"{path} has no column {' and no column '.join(map(repr, sorted(missing)))}: its "
                                  f"first line must be file,types")
             for row in rows:
+                if None in row:
+                    raise LabelError(f"{path}, line {rows.line_num}: more cells than in the first line; types in one "
+                                     f"cell are separated by spaces")
                 name = (row["file"] or "").strip().replace("\\", "/")
                 if name in table:
                     raise LabelError(f"{path}, line {rows.line_num}: {name!r} is there twice; keep one line, with all "

@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from dataset import DataError
+from dataset import DataError, printable
 from distributed import Processes
 
 RETRY_SECONDS = 60  # after a save that failed
@@ -233,7 +233,7 @@ class Run:
         """Add an epoch to the history and to metrics.csv."""
         self.history.append(row)
         path = self.outputs / "metrics.csv"
-        if path in self.failing:  # it may have holes, or half a line at its end
+        if path in self.failing or not path.exists():  # it may have holes, or half a line at its end
             self.write("metrics.csv", self._write_metrics)
         else:
             self._try(path, lambda: self._append_metrics(path))
@@ -325,7 +325,7 @@ def one_line_errors() -> Iterator[None]:
 
     Of several processes only the first speaks, but for an error that it does not share.
     """
-    for stream in (sys.stdout, sys.stderr):  # names of files can hold what a terminal cannot show
+    for stream in (sys.stdout, sys.stderr):  # names of folders can hold what a terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     processes = Processes()
@@ -338,7 +338,7 @@ def one_line_errors() -> Iterator[None]:
             yield
             return
         except (ValueError, DataError, CheckpointError, OSError) as error:
-            message = f"error: {error}"
+            message = f"error: {printable(error)}"
         except KeyboardInterrupt:
             sys.exit(130)
         except RuntimeError as error:

@@ -49,7 +49,7 @@ class Config:
                                "of its sub-folders; none; or another csv file")
     holdout: float = flag(0.0, "share of the images kept aside from training, for evaluate.py; 0 to below 1",
                           least=0, below=1)
-    image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network")
+    image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network", most=4096)
     augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone", AUGMENT_MODES)
 
     width: int = flag(64, "channels at the network's first level")
@@ -153,7 +153,10 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
     # The data, without what is kept aside. A resumed run keeps aside what it kept before, whatever was added since.
     if checkpoint is None:
-        held_out = held_out_names(image_names(config.data, config.num_critters), config.holdout)
+        names = image_names(config.data, config.num_critters)
+        held_out = held_out_names(names, config.holdout)
+        if len(held_out) == len(names):
+            raise ValueError(f"--holdout {config.holdout} keeps all of the {len(names)} images aside; give less")
     else:
         held_out = checkpoint["held_out"]
     aside = set(held_out)

@@ -3,11 +3,11 @@
     python tests/kill_many.py --kills 200
 
 A kill comes after a random time, or at a random moment of a save: half-way through the bytes of a checkpoint, of a grid
-or of a line of metrics.csv, or just before or after a file is synced or gets its name. Every run must end with the files
-of the undisturbed one: the same weights, moving average, optimizer and everything else in its checkpoints, to the last
-bit, and the same bytes in metrics.csv and in the pictures.
+or of a line of metrics.csv, or just before or after a file is synced or gets its name. Every run must end with the
+files of the undisturbed one: the same weights, moving average, optimizer and everything else in its checkpoints, to the
+last bit, and the same bytes in metrics.csv and in the pictures.
 
-POSIX only: each life is a fork of this process, which has imported everything already and so costs a fraction of a second.
+POSIX only: each life is a fork of this process, which has imported everything already; so it costs part of a second.
 """
 
 import argparse
@@ -34,9 +34,9 @@ import train  # noqa: E402
 from checkpoint import load_checkpoint  # noqa: E402
 from scripts import same  # noqa: E402
 
-FLAGS = ("--data critters --num_critters 10 --image_size 8 --width 8 --groups 4 --multipliers 1 2 --blocks 1 --epochs 12 "
-         "--batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 --dropout 0.1 "
-         "--sample_every 4 --milestone_every 3 --keep 2 --save_every 0").split()
+FLAGS = ("--data critters --num_critters 10 --image_size 8 --width 8 --groups 4 --multipliers 1 2 --blocks 1 "
+         "--epochs 12 --batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 "
+         "--dropout 0.1 --sample_every 4 --milestone_every 3 --keep 2 --save_every 0").split()
 MOMENTS = ("any time", "half a checkpoint", "half a grid", "half a line", "before a sync", "after a sync",
            "before a rename", "after a rename")
 
@@ -47,7 +47,7 @@ def die() -> None:
 
 
 def arm(moment: str, chance: random.Random, seconds: float) -> None:
-    """See to it that this process is killed at such a moment, after `seconds` at most or after some that it survives."""
+    """See to it that this process is killed at such a moment, within `seconds` or after some that it survives."""
     if moment == "any time":
         threading.Timer(seconds * chance.random(), die).start()
         return
@@ -81,7 +81,7 @@ def arm(moment: str, chance: random.Random, seconds: float) -> None:
 
 
 def live(folder: Path, flags: list[str], moment: str | None, chance: random.Random, seconds: float = 0) -> int:
-    """Run `train.py FLAGS` in a process of its own, which gets killed at a `moment`; its status, as waitpid gives it."""
+    """Run `train.py FLAGS` in a process of its own, which is killed at a `moment`; its status, as waitpid gives it."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -103,7 +103,7 @@ def live(folder: Path, flags: list[str], moment: str | None, chance: random.Rand
 
 def compare(folder: Path, whole: Path) -> None:
     """Fail unless two runs have left the same."""
-    names = [{path.relative_to(top).as_posix() for part in ("outputs", "checkpoints") for path in (top / part).iterdir()}
+    names = [{path.relative_to(top).as_posix() for path in [*top.glob("outputs/*"), *top.glob("checkpoints/*")]}
              for top in (folder, whole)]
     assert names[0] == names[1], f"{folder} has other files than {whole}: {names[0] ^ names[1]}"
     for name in names[0] - {"checkpoints/.lock"}:

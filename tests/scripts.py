@@ -1,6 +1,8 @@
 """What the tests of the scripts share: calling a command line, and looking at what it left."""
 
 import csv
+import hashlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -63,6 +65,17 @@ def assert_same_run(ours: dict, theirs: dict) -> None:
             assert same(ours[name], theirs[name]), f"{name} differs"
     settings = {name for name in theirs["config"] if ours["config"][name] != theirs["config"][name]}
     assert settings <= train.MAY_CHANGE_ON_RESUME
+
+
+def tree(folder: Path = Path()) -> dict[str, str]:
+    """A hash of every file below a folder, and the target of every link."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = "-> " + os.readlink(path)
+        elif path.is_file():
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
 def pictures(folder: str) -> dict[str, np.ndarray]:
