@@ -1,0 +1,48 @@
+"""A folder that does not fit in memory does not have to: only the list of its names grows with it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Prints the peak memory in bytes, of this process and of the largest of its workers, after each folder.
+READ = f"""
+import resource, sys
+sys.path.insert(0, {str(ROOT)!r})
+from dataset import ImageFolder, make_loader
+unit = 1 if sys.platform == "darwin" else 1024
+for folder in sys.argv[1:]:
+    dataset = ImageFolder(folder, 64, memory_limit=0)
+    for images, labels in make_loader(dataset, 32, seed=0, last_step=200, workers=2):
+        assert images.shape == (32, 3, 64, 64)
+    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    print(len(dataset), *peaks)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not tell a process its peak")
+def test_twenty_thousand_files_take_the_memory_of_their_names(tmp_path):
+    Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "one.png")
+    for folder, count in ("few", 500), ("many", 20_000):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            name = tmp_path / folder / f"a picture with a name as long as people give them {i:05d}.png"
+            try:
+                os.link(tmp_path / "one.png", name)
+            except OSError:  # a file system without links, or with few
+                shutil.copy(tmp_path / "one.png", name)
+    done = subprocess.run([sys.executable, "-c", READ, "few", "many"], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    few, many = (list(map(int, line.split())) for line in done.stdout.splitlines())
+    assert (few[0], many[0]) == (500, 20_000)
+    for name, before, after in zip(("process", "worker"), few[1:], many[1:]):
+        grown = (after - before) / (20_000 - 500)
+        # A path and its relative name as Python objects; decoded, an image would take 12,288 bytes.
+        assert grown < 1_000, f"{grown:.0f} bytes an image more in the {name}"
