@@ -35,6 +35,7 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dataset import DataError, printable
 from distributed import Processes
+from flags import Parser
 
 RETRY_SECONDS = 60  # after a save that failed
 
@@ -52,7 +53,7 @@ def flag(default, help: str, choices: Sequence[str] | None = None, *, above: flo
 
 def parse_flags(config: type, presets: dict[str, dict], description: str) -> dict[str, Any]:
     """The flags that were given, and no others: so that a preset's values, or a checkpoint's, fill the rest."""
-    parser = argparse.ArgumentParser(description=description, argument_default=argparse.SUPPRESS)
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS)
     parser.add_argument("--preset", choices=presets, help="settings to start from (default: reference); "
                         "a flag given beside it wins")
     parser.add_argument("--resume", action="store_true", help="go on from checkpoints/latest.pt, or "
@@ -61,8 +62,9 @@ def parse_flags(config: type, presets: dict[str, dict], description: str) -> dic
         many = type(setting.default) is tuple
         shown = " ".join(map(str, setting.default)) if many else setting.default
         text = setting.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
-        parser.add_argument(f"--{setting.name}", help=text.replace("%", "%%"), choices=setting.metadata["choices"],
-                            type=int if many else type(setting.default), **({"nargs": "+"} if many else {}))
+        kind = dict(type=int if many else type(setting.default), choices=setting.metadata["choices"])
+        kind = dict(action="store_true") if setting.default is False else {**kind, "nargs": "+"} if many else kind
+        parser.add_argument(f"--{setting.name}", help=text.replace("%", "%%"), **kind)
     given = vars(parser.parse_args())
     return {name: tuple(value) if type(value) is list else value for name, value in given.items()}
 

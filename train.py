@@ -63,6 +63,7 @@ class Config:
     timesteps: int = flag(1000, "steps T of the diffusion", above=0)
     schedule: str = flag("linear", "how the noise grows over the timesteps", SCHEDULES)
     prediction: str = flag("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
+    zero_terminal_snr: bool = flag(False, "the last timestep is noise alone; not where the network predicts eps")
     loss_weighting: str = flag("uniform", "how the squared errors of the timesteps count", LOSS_WEIGHTINGS)
 
     epochs: int = flag(2000, "passes over the data", above=0)
@@ -142,6 +143,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
     precision = pick_precision(config.precision, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     share = processes.share(config.batch_size, config.grad_accum)
+    if config.zero_terminal_snr and config.prediction == "eps":
+        raise ValueError("--zero_terminal_snr needs --prediction v or x0: of noise alone, the noise tells nothing")
 
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
@@ -182,7 +185,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=device.type in ("cuda", "cpu"))
     # float16 has no room for small gradients: the scaler multiplies the loss by as much as does not overflow.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule)
+    scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
 
     # Where it stands, and what will happen.
     steps_per_epoch = math.ceil(len(dataset) / config.batch_size)

@@ -191,6 +191,7 @@ def test_the_trap_works_where_it_is_let():
     (["--timesteps", "1"], ["timesteps"]),
     (["--timesteps", "1000000000000"], ["timesteps"]),
     (["--keep", "-1"], ["--keep"]),
+    (["--zero_terminal_snr"], ["--prediction v"]),
     (["--workers", "-2"], ["--workers"]),
     (["--save_every", "nan"], ["--save_every"]),
     (["--width", "30"], ["30"]),
@@ -225,8 +226,8 @@ def test_train_refuses_in_one_line(flags, words, capsys):
 ])
 def test_a_value_that_no_flag_takes(flags, capsys):
     assert call(train, *flags) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("train.py: error:") and flags[0] in last
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and flags[0] in line and "train.py --help" in line
 
 
 def test_resume_names_every_setting_that_contradicts(trained, monkeypatch, capsys):

@@ -12,26 +12,37 @@ from PIL import Image
 
 import train
 from checkpoint import load_checkpoint
-from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
+from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-@pytest.mark.parametrize("more", [[], ["--dropout", "0.3"], ["--lr_schedule", "cosine", "--warmup_steps", "4"]],
-                         ids=["plain", "dropout", "lr"])
+@pytest.mark.parametrize("more", [
+    [], ["--dropout", "0.3"], ["--lr_schedule", "cosine", "--warmup_steps", "4"], ["--precision", "bf16"],
+    ["--holdout", "0.25", "--labels", "none", "--grad_accum", "2", "--prediction", "v", "--zero_terminal_snr"],
+], ids=["plain", "dropout", "lr", "bf16", "others"])
 def test_a_resumed_run_is_the_uninterrupted_one(trained, more):
     if more:
         assert call(train, *TINY, *more, "--run_name", "whole") == 0
-        whole = load_checkpoint("checkpoints/whole/latest.pt")
+        whole, its_outputs = load_checkpoint("checkpoints/whole/latest.pt"), Path("outputs/whole")
     else:
-        whole = load_checkpoint(trained / "checkpoints/latest.pt")
+        whole, its_outputs = load_checkpoint(trained / "checkpoints/latest.pt"), trained / "outputs"
     assert call(train, *TINY, *more, "--max_steps", 3) == 0  # in the middle of the second epoch
     assert load_checkpoint("checkpoints/latest.pt")["step"] == 3
     assert call(train, "--resume", "--max_steps", 0) == 0
     assert_same_run(load_checkpoint("checkpoints/latest.pt"), whole)
     assert [float(row["loss"]) for row in metrics()] == [row["loss"] for row in whole["history"]]
-    final, ema = load_checkpoint("checkpoints/final_model.pt")["ema"], whole["ema"]
-    assert all(final[name].equal(ema[name]) for name in ema)
+    assert same(load_checkpoint("checkpoints/final_model.pt")["ema"], whole["ema"])
+    for name in ("metrics.csv", "generated_epoch_0003.png"):
+        assert Path("outputs", name).read_bytes() == (its_outputs / name).read_bytes()
+
+
+def test_a_grid_that_a_kill_prevented_is_drawn_on_resume(trained):
+    assert call(train, *TINY, "--sample_every", 1, "--max_steps", 4) == 0
+    Path("outputs/generated_epoch_0002.png").unlink()
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    for name in ("generated_epoch_0002.png", "generated_epoch_0003.png", "loss.png"):
+        assert Path("outputs", name).read_bytes() == (trained / "outputs" / name).read_bytes()
 
 
 def test_a_run_can_be_made_longer(trained):
