@@ -273,7 +273,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
 
         loss = torch.zeros((), device=device)
         for part, (images, types, u, t, noise, told) in enumerate(zip(*(x.chunk(config.grad_accum) for x in batch))):
-            if config.dropout:
+            if config.dropout:  # the one thing that is drawn inside of the network, and so part by part
                 torch.manual_seed(seed_from(config.seed, step, share.start, part, stream="dropout"))
             x_0, augmentation = augment(images, mode=config.augment, u=u)
             x_t = scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(device))
