@@ -25,7 +25,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from augmentation import AUGMENT_MODES, augment
-from checkpoint import restore
+from checkpoint import load_model, restore
 from dataset import DataError, find_images, held_out_names, image_names, load_images, make_loader
 from devices import PRECISIONS, autocast, describe, memory_format, pick_precision
 from distributed import Processes
@@ -52,6 +52,7 @@ class Config:
     image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network", most=4096)
     augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone", AUGMENT_MODES)
 
+    init: str = flag("", "checkpoint of such a network, whose averaged weights to start from instead of random ones")
     width: int = flag(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = flag((1, 2, 4, 8), "of the width, one a level")
     blocks: int = flag(2, "residual blocks a level")
@@ -181,6 +182,13 @@ def train(config: Config, checkpoint: dict | None) -> None:
     # The network, its moving average, and what changes them.
     torch.manual_seed(seed_from(config.seed, stream="weights"))
     model = UNet(unet_config).to(device, memory_format=memory_format(device))
+    if config.init and checkpoint is None:
+        start, _, its_config = load_model(config.init, device)
+        its = start.config, its_config["types"], its_config["prediction"]
+        if its != (unet_config, dataset.types, config.prediction):
+            raise ValueError(f"--init {config.init} is of another network (its size, its types or what it predicts); "
+                             f"give the flags that it was trained with")
+        model.load_state_dict(start.state_dict())
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr, fused=device.type in ("cuda", "cpu"))
     # float16 has no room for small gradients: the scaler multiplies the loss by as much as does not overflow.

@@ -186,6 +186,17 @@ def test_the_duration_is_announced_and_days_on_a_cpu_name_the_way_out(seconds, w
     assert ("quick" in said) == (seconds > 86400)
 
 
+def test_init_starts_from_the_average_of_another_run(final, capsys):
+    """With a rate of nearly 0 it also ends there."""
+    assert call(train, *TINY, "--init", final, "--lr", 1e-12, "--max_steps", 2) == 0
+    there, here = load_checkpoint(final)["ema"], load_checkpoint("checkpoints/final_model.pt")["ema"]
+    assert all(torch.allclose(there[name], here[name], atol=1e-9) for name in there)
+    capsys.readouterr()
+    for flags in (["--width", 16], ["--labels", "none"], ["--prediction", "v"]):
+        code = call(train, *TINY, "--init", final, "--run_name", "other", *flags)
+        assert_one_line(code, capsys, "--init", str(final), "of another network")
+
+
 def test_the_real_command_prints_the_line_and_fails():
     done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, "--data", "nowhere"], capture_output=True,
                           text=True, timeout=120)
