@@ -12,6 +12,7 @@ Three habits hold this file together:
 """
 
 import argparse
+import errno
 import hashlib
 import itertools
 import math
@@ -93,7 +94,7 @@ def decode_image(path: str | Path, image_size: int) -> np.ndarray:
     of more than Image.MAX_IMAGE_PIXELS pixels.
     """
     if not os.path.isfile(path):  # to open a pipe would be to wait for ever
-        raise OSError("not a file, or a link to nowhere")
+        raise OSError(errno.EINVAL, "not a file, or a link to nowhere", str(path))
     with Image.open(path, formats=FORMATS) as image:
         # Pillow only warns up to twice its limit, and a warning filter is not safe in threads: so ask again here.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:

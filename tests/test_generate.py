@@ -68,7 +68,8 @@ def test_the_average_is_what_is_sampled(final):
     save_checkpoint("ema.pt", **{**content, "ema": {name: 2 * p for name, p in content["ema"].items()}})
     for path in (final, "model.pt", "ema.pt"):
         call(generate, *FEW_STEPS, "--checkpoint", path, "--num_images", 1, "--output", f"{Path(path).stem}.png")
-    assert Path("final_model.png").read_bytes() == Path("model.png").read_bytes() != Path("ema.png").read_bytes()
+    ours, model, ema = (np.asarray(Image.open(f"{name}.png")) for name in ("final_model", "model", "ema"))
+    assert np.array_equal(ours, model) and not np.array_equal(ours, ema)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -88,13 +89,10 @@ def test_generate_refuses_in_one_line(final, flags, words, capsys):
     assert not Path("outputs").exists()
 
 
-@pytest.mark.parametrize("flags, word", [
-    (["--eta", "2"], "eta"), (["--output", "good.pt/grid.png"], "good.pt"),
-])
-def test_generate_refuses_late_but_without_a_traceback(final, flags, word):
+def test_an_output_that_cannot_be_is_refused(final, capsys):
     Path("good.pt").write_bytes(final.read_bytes())
-    code = call(generate, *FEW_STEPS, "--checkpoint", "good.pt", "--num_images", 1, *flags)
-    assert isinstance(code, str) and code.startswith("error: ") and word in code and "\n" not in code
+    code = call(generate, *FEW_STEPS, "--checkpoint", "good.pt", "--num_images", 1, "--output", "good.pt/grid.png")
+    assert isinstance(code, str) and code.startswith("error: ") and "good.pt" in code and "\n" not in code
 
 
 def test_a_seed_too_large_for_torch_is_refused_by_name(final, capsys):
@@ -134,8 +132,9 @@ def test_the_real_command_prints_the_line_and_fails():
 
 @pytest.mark.parametrize("flags", [
     ["--steps", "0"], ["--num_images", "0"], ["--seed", "-1"], ["--sampler", "foo"], ["--output", "picture.txt"],
+    ["--eta", "2"],
 ])
 def test_a_value_that_no_flag_takes(flags, capsys):
     assert call(generate, *flags) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("generate.py: error:") and flags[0] in last
+    line, = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and flags[0] in line and "generate.py --help" in line
