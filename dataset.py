@@ -112,7 +112,7 @@ def decode_image(path: str | Path, image_size: int) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _reason(e: Exception) -> str:
+def reason(e: Exception) -> str:
     """Why an image could not be read, in a few words on one line."""
     if isinstance(e, UnidentifiedImageError):
         return "not an image, or an empty file"  # Pillow's own message repeats the path
@@ -208,7 +208,7 @@ class ImageFolder(Dataset):
             try:
                 images[i] = torch.from_numpy(decode_image(self.files[i], self.image_size))
             except Exception as e:  # a damaged file can make a decoder raise nearly anything
-                return _reason(e)
+                return reason(e)
 
         # Threads are enough: Pillow lets go of Python's lock while it decodes and scales.
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -246,7 +246,7 @@ class ImageFolder(Dataset):
                 return torch.from_numpy(decode_image(self.files[j], self.image_size)), self.labels[j]
             except Exception as e:  # as in _decode_all
                 if j not in self._warned:
-                    print(f"warning: cannot read {printable(self.files[j])}: {_reason(e)}; using the next image",
+                    print(f"warning: cannot read {printable(self.files[j])}: {reason(e)}; using the next image",
                           file=sys.stderr)
                     self._warned.add(j)
         raise DataError(f"none of the {len(self)} image files, from {self.files[0]} on, can be read")

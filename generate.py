@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,15 +25,15 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, newest_checkpoint
-from dataset import decode_image
+from dataset import decode_image, reason
 from devices import DEVICES, PRECISIONS, describe, memory_format, pick_device, pick_precision
 from flags import Parser, finite, fraction, natural, positive, strength
 from forward_diffusion import NoiseScheduler
 from labels import multi_hot, parse_types
-from pictures import SUFFIXES, enlarge, grid, save_animation, save_picture, to_image, to_pixels
+from pictures import LONGEST_SIDE, enlarge, grid, save_animation, save_picture, to_image, to_pixels
 from reverse_diffusion import DEFAULT_GUIDANCE, SAMPLERS, VARIANCES, sample_seeds, seeded_noise, slerp
 
-DEFAULT_STEPS = {"ddpm": 1000, "ddim": 50, "dpm++": 20}
+DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # and all of them for ddpm
 GIF_FRAMES = 48
 
 
@@ -58,12 +59,16 @@ def main() -> None:
         model.to(memory_format=memory_format(device))
         plan = make_plan(args, scheduler, config)
         sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
-        guidance = choose_guidance(args, plan, config["types"])
-        prepare_output(args)
-        settings = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps, guidance=guidance)
-        settings |= {"eta": args.eta} if sampler == "ddim" else {"variance": args.variance} if sampler == "ddpm" else {}
-        if args.init_image:
+        settings = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps)
+        if args.init_image:  # the part of the steps that is left from there
             settings |= dict(init_image=args.init_image.name, strength=args.strength)
+            steps = max(1, round(args.strength * steps))
+        if args.interpolate:
+            settings |= dict(interpolate=args.interpolate)
+        options = {name: value for name in ("eta", "variance") if (value := getattr(args, name)) is not None}
+        guidance = choose_guidance(args, plan, config)
+        settings |= dict(guidance=guidance, **options)
+        prepare_output(args, plan, config["image_size"])
         print(f"{checkpoint}: {len(plan.seeds)} images of {config['image_size']} x {config['image_size']}, "
               f"{sampler} in {steps} steps" + (f", guidance {guidance:g}" if any(plan.types) else "")
               + f", on {describe(device)}, {precision}")
@@ -79,7 +84,7 @@ def main() -> None:
                 model, scheduler, plan.seeds, config["image_size"], device, precision, batch_size=args.batch_size,
                 types=torch.from_numpy(multi_hot(plan.types, config["types"])).float() if any(plan.types) else None,
                 x_T=plan.x_T, sampler=sampler, steps=steps, prediction=config["prediction"], guidance=guidance,
-                eta=args.eta, variance=args.variance, start=plan.start, callback=after_step,
+                start=plan.start, callback=after_step, **options,
             )
         write(to_pixels(images), plan, args, settings)
         if args.gif:
@@ -87,8 +92,8 @@ def main() -> None:
             write_animation(sheets, args.output)
     except (ValueError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit(f"error: out of GPU memory; give a --batch_size smaller than {args.batch_size}")
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit(f"error: out of memory; give a --batch_size smaller than {args.batch_size}, or a smaller --num_images")
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -119,7 +124,7 @@ def make_plan(args: argparse.Namespace, scheduler: NoiseScheduler, config: dict)
         try:
             picture = torch.from_numpy(decode_image(args.init_image, size)).float() / 127.5 - 1
         except Exception as error:  # a damaged file can make a decoder raise nearly anything
-            raise ValueError(f"cannot read --init_image {args.init_image}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot read --init_image {args.init_image}: {reason(error)}") from error
         t = torch.full((len(plan.seeds),), plan.start)
         plan.x_T = scheduler.add_noise(picture.expand(len(t), -1, -1, -1), t, seeded_noise(plan.seeds, picture.shape))
     return plan
@@ -139,33 +144,52 @@ def choose_sampler(args: argparse.Namespace, config: dict, device: torch.device,
     steps = steps or (num_timesteps if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], num_timesteps))
     if steps > num_timesteps:
         raise ValueError(f"--steps must be in 1 ... {num_timesteps} for this checkpoint, not {steps}")
-    if args.init_image:  # the part of the steps that is left from there
-        steps = max(1, round(args.strength * steps))
+    for name, of in (("eta", "ddim"), ("variance", "ddpm")):
+        if getattr(args, name) is not None and sampler != of:
+            raise ValueError(f"--{name} belongs to the sampler {of}, and this is {sampler}: add --sampler {of}, or leave "
+                             f"--{name} out")
     return sampler, steps
 
 
-def choose_guidance(args: argparse.Namespace, plan: Plan, known: Sequence[str]) -> float:
+def choose_guidance(args: argparse.Namespace, plan: Plan, config: dict) -> float:
+    known, learned_without = config["types"], config.get("label_dropout", 0.1) > 0
     if any(plan.types):
-        return DEFAULT_GUIDANCE if args.guidance is None else args.guidance
+        if args.guidance not in (None, 1) and not learned_without:
+            raise ValueError("--guidance compares with pictures of any type, which this checkpoint was never shown: it was "
+                             "trained with --label_dropout 0; leave --guidance out")
+        return args.guidance if args.guidance is not None else DEFAULT_GUIDANCE if learned_without else 1.0
     if args.guidance is not None:
         raise ValueError("--guidance strengthens types and there are none: " + (
             f"add --types, with one or more of {', '.join(known)}" if known else "this checkpoint knows none"))
     return 1.0
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Make the folders, before minutes of sampling: what cannot be written should be known at once."""
+def prepare_output(args: argparse.Namespace, plan: Plan, image_size: int) -> None:
+    """Make the folders and look at what is to be written, before minutes of sampling: what cannot be written should be
+    known at once."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    if args.output.is_dir():
-        raise ValueError(f"--output {args.output} is a folder; name a file in it")
+    written = [args.output] + ([args.output.with_suffix(".gif")] if args.gif or args.interpolate else [])
+    rows = math.ceil(len(plan.seeds) / plan.columns)
+    for path in written:
+        if path.is_dir():
+            raise ValueError(f"--output {path} is a folder; name a file in it")
+        if args.init_image and path.exists() and path.samefile(args.init_image):
+            raise ValueError(f"--output {path} would take the place of --init_image; give it another name")
+        if max(rows, plan.columns) * (image_size + 2) * args.scale + 200 > LONGEST_SIDE[path.suffix.lower()]:
+            raise ValueError(f"{path} would be larger than a {path.suffix} can be; give a smaller --scale or --num_images")
     if args.individual:
-        args.output.with_suffix("").mkdir(exist_ok=True)
+        folder = args.output.with_suffix("")
+        folder.mkdir(exist_ok=True)
+        others = len(list(folder.glob("*.png")))
+        if others:
+            print(f"note: {folder}/ has {others} pictures already; those of other names stay there")
 
 
 def write(pixels: torch.Tensor, plan: Plan, args: argparse.Namespace, settings: dict) -> None:
     """The grid, and one PNG an image where --individual asks for them, in a folder beside it named after it."""
     types = [" ".join(names) for names in plan.types]
-    save_picture(grid(pixels, plan.columns, args.scale, plan.row_names), args.output, seeds=plan.seeds,
+    seeds = {} if args.interpolate else dict(seeds=plan.seeds)
+    save_picture(grid(pixels, plan.columns, args.scale, plan.row_names), args.output, **seeds,
                  types=list(dict.fromkeys(types)), **settings)
     print(f"wrote {args.output}")
     if args.interpolate:
@@ -175,7 +199,8 @@ def write(pixels: torch.Tensor, plan: Plan, args: argparse.Namespace, settings: 
         folder = args.output.with_suffix("")
         for i, (picture, seed, names) in enumerate(zip(pixels, plan.seeds, types)):
             name = f"step_{i:03d}" if args.interpolate else "_".join([f"seed_{seed:06d}", *names.split()])
-            made = dict(interpolate=args.interpolate, step=i) if args.interpolate else dict(seed=seed)
+            made = dict(step=i) if args.interpolate else dict(seed=seed)
+            name = re.sub(r"[^\w.-]", "-", name)  # a type can be called what no file can
             image = to_image(enlarge(picture, args.scale))
             save_picture(image, folder / f"{name}.png", **made, types=names, **settings)
         print(f"wrote {len(pixels)} images to {folder}/")
@@ -201,16 +226,16 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--steps", type=positive, help="network passes an image, 1 to the checkpoint's timesteps "
                         "(default: all for ddpm, 50 for ddim, 20 for dpm++; on a CPU without --sampler, as many as "
                         "training used)")
-    parser.add_argument("--eta", type=fraction, default=0.0, help="noise that ddim adds, 0 to 1 (default: 0)")
-    parser.add_argument("--variance", choices=VARIANCES, default="beta_tilde", help="of the noise that ddpm adds "
+    parser.add_argument("--eta", type=fraction, help="noise that ddim adds, 0 to 1 (default: 0)")
+    parser.add_argument("--variance", choices=VARIANCES, help="of the noise that ddpm adds "
                         "(default: beta_tilde)")
     parser.add_argument("--seed", type=natural, default=0, help="image i is drawn from seed + i (default: 0)")
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time; less needs less memory "
                         "(default: 64)")
     parser.add_argument("--interpolate", type=natural, nargs=2, metavar=("A", "B"), help="walk from the image of seed "
-                        "A to that of seed B: a strip and a GIF")
-    parser.add_argument("--init_image", type=Path, metavar="FILE", help="start from this picture and not from noise "
-                        "alone")
+                        "A to that of seed B, as dpm++ draws them unless --sampler says ddim: a strip and a GIF")
+    parser.add_argument("--init_image", type=Path, metavar="FILE", help="start from this picture, cut to a centred "
+                        "square, and not from noise alone; only that part of the steps is made which --strength says")
     parser.add_argument("--strength", type=strength, help="how much of --init_image is to change, from above 0 to 1, "
                         "where nothing of it is left (default: 0.6)")
     parser.add_argument("--gif", action="store_true", help="also animate how the grid comes out of the noise")
@@ -222,7 +247,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the network's arithmetic; auto is "
                         "bf16 where the device has it (default: auto)")
     args = parser.parse_args()
-    if args.output.suffix.lower() not in SUFFIXES:
+    if args.output.suffix.lower() not in LONGEST_SIDE.keys() - {".gif"}:
         parser.error(f"--output must end in .png, .jpg or .webp, not {args.output}")
     if args.interpolate and (args.init_image or args.gif or args.types == "all"):
         parser.error("--interpolate goes without --init_image, --gif and --types all: it writes a GIF of its own")

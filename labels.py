@@ -9,13 +9,16 @@ A labels.csv lies in the folder of images and has the columns `file` and `types`
     file,types
     0001.png,fire flying
 
-Without one, the sub-folder that a picture lies in is its type, as in torchvision's ImageFolder.
+Without one, the name of the sub-folder that a picture lies in is its type, as in torchvision's ImageFolder; where folders
+are nested, that of the outermost. A name of two words is two types here too.
 """
 
 from __future__ import annotations
 
 import csv
 import os
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,10 +49,16 @@ def find_labels(folder: str | Path, names: Sequence[str], source: str = "auto") 
     path = Path(source) if source != "auto" else Path(folder).expanduser() / "labels.csv"
     if source != "auto" or os.path.lexists(path):  # a link to nowhere is an error, and not a folder without labels
         table = read_labels(path)
-        labels = [table.get(name, table.get(name.rsplit("/", 1)[-1], ())) for name in names]
-        if not any(labels):
+        # A file's name alone will do where no two folders have a picture of that name.
+        count = Counter(name.rsplit("/", 1)[-1] for name in names)
+        keys = [name if name in table or count[last := name.rsplit("/", 1)[-1]] > 1 else last for name in names]
+        found = [key in table for key in keys]
+        if not any(found):
             raise LabelError(f"{path} names none of the images in {folder}: its column 'file' must hold their names")
-        return labels
+        if not all(found):
+            print(f"warning: {path} says nothing of {found.count(False)} of the {len(names)} images in {folder}, "
+                  f"{names[found.index(False)]} for one; they are taken to be of no type", file=sys.stderr)
+        return [table.get(key, ()) for key in keys]
     labels = [tuple(split_types(name.split("/", 1)[0])) if "/" in name else () for name in names]
     return labels if len(set(labels) - {()}) > 1 else None  # a single sub-folder tells nothing apart
 
@@ -72,7 +81,12 @@ def read_labels(path: str | Path) -> dict[str, tuple[str, ...]]:
                 if None in row:
                     raise LabelError(f"{path}, line {rows.line_num}: more cells than in the first line; types in one "
                                      f"cell are separated by spaces")
-                name = (row["file"] or "").strip().replace("\\", "/")
+                name = (row["file"] or "").strip().replace("\\", "/").removeprefix("./")
+                if not name:
+                    continue  # spreadsheets leave empty lines at the end
+                if set(row["types"] or "") & set(",;/|"):
+                    raise LabelError(f"{path}, line {rows.line_num}: types in one cell are separated by spaces, not as "
+                                     f"in {row['types']!r}")
                 if name in table:
                     raise LabelError(f"{path}, line {rows.line_num}: {name!r} is there twice; keep one line, with all "
                                      f"of its types in one cell, separated by spaces")

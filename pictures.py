@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Of the files that a grid can be written to, with the longest side in pixels that each format can hold.
+LONGEST_SIDE = {".png": 2**16, ".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383, ".gif": 65_535}
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -66,8 +68,12 @@ def read_settings(path: str | Path) -> dict:
 
 def save_animation(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0, hold: float = 2.0) -> None:
     """Write an endless GIF that plays for `seconds`, and then stands still on its last frame for `hold` seconds."""
-    # One palette for all frames, that of the last, which is clean: with a palette each the colours would flicker.
-    palette = frames[-1].quantize(256, method=Image.Quantize.MEDIANCUT)
+    # One palette for all frames, since with a palette each the colours would flicker: that of some of them, side by side.
+    chosen = [*frames[:: math.ceil(len(frames) / 8)], frames[-1]]
+    together = Image.new("RGB", (chosen[0].width * len(chosen), chosen[0].height))
+    for i, frame in enumerate(chosen):
+        together.paste(frame, (i * frame.width, 0))
+    palette = together.quantize(256, method=Image.Quantize.MEDIANCUT)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     each = max(20, round(1000 * seconds / len(frames)))  # in milliseconds; browsers slow down what is below 20
     durations = [each] * (len(frames) - 1) + [each + round(1000 * hold)]

@@ -19,7 +19,7 @@ from forward_diffusion import NoiseScheduler, seed_from
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("beta_tilde", "beta")
-DEFAULT_GUIDANCE = 3.0  # where types are asked for; at 1, which is no guidance, a network often hardly heeds them
+DEFAULT_GUIDANCE = 3.0  # where types are asked for
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def sample_seeds(
     def network(*inputs: torch.Tensor) -> torch.Tensor:
         # On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are added up in
         # another order; and below 16 where there is one thread, because PyTorch then has another 1x1 convolution. So
-        # rows are repeated up to a multiple of 8 (twice what was found necessary), or 16.
+        # rows are repeated up to a multiple of 8 (twice what was found necessary), or 16: one image then costs as much.
         n, multiple = len(inputs[0]), 16 if torch.get_num_threads() == 1 else 8
         rows = torch.arange(math.ceil(n / multiple) * multiple, device=device) % n
         x_t, *others = (part[rows] for part in inputs)
@@ -256,7 +256,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weight: float | torch.Tensor) -> tor
 
     A straight line between two noises passes through noise that is too quiet for the network; on the arc it stays as
     loud as the two are (Shoemake 1985; for diffusion Song, Meng & Ermon 2021, section 5.3). Where there is no arc,
-    because they point the same way, it is the straight line. `weight` is a number, or a tensor that broadcasts.
+    because they point the same way or opposite ways, it is the straight line. `weight` is a number, or a tensor that broadcasts.
     """
     x, y = a.flatten(-3), b.flatten(-3)
     cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))

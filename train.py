@@ -59,7 +59,7 @@ class Config:
     groups: int = flag(32, "groups of the group normalisations")
     dropout: float = flag(0.0, "in the residual blocks, from 0 to 1")
     label_dropout: float = flag(0.1, "share of the images whose types are not told, so that the network also learns to "
-                                     "draw without; 0 to 1", least=0, most=1)
+                                     "draw without; 0 to below 1", least=0, below=1)
 
     timesteps: int = flag(1000, "steps T of the diffusion", above=0)
     schedule: str = flag("linear", "how the noise grows over the timesteps", SCHEDULES)

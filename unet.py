@@ -76,7 +76,7 @@ class UNet(nn.Module):
         t: [B], integers in 0 ... T-1.
         types: [B, num_types], 1 for each type that the image has and 0 for the others, or None. A row of zeros, or
             None, says nothing: the network then answers for images of any type.
-        augmentation: [B, augment_dim], each in [-1, 1], or None: what was done to the pictures (`dataset.augment`
+        augmentation: [B, augment_dim], each in [-1, 1], or None: what was done to the pictures (`augmentation.augment`
             returns it). None, or zeros, says that nothing was: that is how to sample.
     """
 
@@ -135,6 +135,8 @@ class UNet(nn.Module):
         if augmentation is not None:
             emb = emb + augmentation @ self.augment_waves
         emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))
+        if types is not None and types.shape[1] != self.config.num_types:
+            raise ValueError(f"{types.shape[1]} types for a network of {self.config.num_types}")
         if types is not None and self.config.num_types:
             emb = emb + self.type_vectors(types.to(emb.dtype))
         emb = F.silu(emb)

@@ -64,6 +64,8 @@ def test_labels_from_sub_folders(tmp_path):
     ("file;types\na.png;fire\n", "no column"),
     ("file,types\na.png,fire\na.png,water\n", "line 3: 'a.png' is there twice"),
     ("file,types\nother.png,fire\n", "names none of the images"),
+    ("file,types\na.png,fire/flying\n", "line 2: types in one cell are separated by spaces"),
+    ('file,types\na.png,"fire, flying"\n', "separated by spaces"),
     ("file,types\n", "names none of the images"),
 ])
 def test_bad_label_files_are_one_clear_line(tmp_path, text, message):
@@ -142,3 +144,13 @@ def test_keep_and_what_is_held_out_make_the_whole(tmp_path):
     assert sorted(grey_levels(rest) + grey_levels(aside)) == [10 * (i + 1) for i in range(8)]
     with pytest.raises(DataError, match="none of the images wanted"):
         ImageFolder(tmp_path, 16, keep=lambda name: False)
+
+
+def test_a_file_name_alone_will_do_where_it_is_the_only_one(tmp_path, capsys):
+    write_pictures(tmp_path, "x/a.png", "y/a.png", "y/b.png")
+    (tmp_path / "labels.csv").write_text("file,types\n./y/a.png,ice\nb.png,fire\n,\n")
+    assert ImageFolder(tmp_path, 16).labels.tolist() == [[0, 0], [0, 1], [1, 0]]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "says nothing of 1 of the 3 images" in line and "x/a.png" in line
+    (tmp_path / "labels.csv").write_text("file,types\na.png,ice\nb.png,\n")  # which a.png?
+    assert ImageFolder(tmp_path, 16).types == ()

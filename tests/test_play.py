@@ -112,11 +112,13 @@ def test_pngs_say_how_they_were_made(conditional, unconditional):
     flags = ["--num_images", 2, "--seed", 7, "--types", "Flying fire", "--sampler", "ddim", "--steps", 3]
     individual(conditional, "p", *flags)
     assert read_settings("p/seed_000008_flying_fire.png") == dict(
-        seed=8, types="flying fire", checkpoint="model.pt", sampler="ddim", steps=3, guidance=3.0, eta=0.0)
+        seed=8, types="flying fire", checkpoint="model.pt", sampler="ddim", steps=3, guidance=3.0)
     assert read_settings("p.png")["seeds"] == [7, 8]
     individual(unconditional, "q", "--num_images", 1)
     assert read_settings("q/seed_000000.png") == dict(
-        seed=0, types="", checkpoint="model.pt", sampler="ddpm", steps=4, guidance=1.0, variance="beta_tilde")
+        seed=0, types="", checkpoint="model.pt", sampler="ddpm", steps=4, guidance=1.0)
+    individual(unconditional, "q", "--num_images", 1, "--variance", "beta")
+    assert read_settings("q/seed_000000.png")["variance"] == "beta"
     assert call(unconditional, "--num_images", 1, "--output", "r.jpg") == 0 and read_settings("r.jpg") == {}
 
 
@@ -137,10 +139,12 @@ def test_interpolate_ends_at_the_images_of_the_two_seeds(conditional):
     last = individual(conditional, "last", *flags, "--seed", 2, "--num_images", 1)["seed_000002_water.png"]
     steps = list(walk.values())
     assert list(walk) == [f"step_{i:03d}.png" for i in range(5)]
-    assert np.array_equal(steps[0], first) and np.abs(steps[-1] - last).max() <= 1  # sin(pi) is not exactly 0
+    # To rounding: the weights of the two noises, sin(0) and sin(angle) / sin(angle), are 0 and 1 to rounding.
+    assert np.abs(steps[0] - first).max() <= 1 and np.abs(steps[-1] - last).max() <= 1
     assert Image.open("walk.png").size == (5 * 18 + 2, 20)
     assert Image.open("walk.gif").n_frames == 8  # there and back again, without its ends twice
     assert read_settings("walk/step_003.png")["interpolate"] == [30, 2]
+    assert read_settings("walk.png")["interpolate"] == [30, 2] and "seeds" not in read_settings("walk.png")
 
 
 def test_init_image(unconditional):
@@ -158,6 +162,8 @@ def test_init_image(unconditional):
     assert distances == sorted(distances) and distances[0] < 15 < 40 < distances[-1]
     settings = read_settings("p/seed_000000.png")
     assert settings["init_image"] == "drawing.png" and settings["strength"] == 1 and settings["steps"] == 20
+    distance(0.3)
+    assert read_settings("p/seed_000000.png")["steps"] == 20  # as given, though only 6 of them were made
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -169,6 +175,9 @@ def test_init_image(unconditional):
     (["--interpolate", "1", "2", "--sampler", "ddpm"], ["--sampler dpm++"]),
     (["--interpolate", "1", "2", "--sampler", "ddim", "--eta", "0.5"], ["--eta 0"]),
     (["--init_image", "missing.png"], ["missing.png"]),
+    (["--eta", "0.5", "--sampler", "dpm++"], ["--eta", "--sampler ddim"]),
+    (["--variance", "beta", "--sampler", "ddim"], ["--variance", "--sampler ddpm"]),
+    (["--scale", "4000", "--output", "a.webp"], ["a.webp", "--scale"]),
 ])
 def test_one_clear_line(conditional, capsys, flags, words):
     line = call(conditional, *flags)
@@ -193,6 +202,28 @@ def test_one_clear_line_for_flags(conditional, capsys, flags, words):
 def test_types_of_an_unconditional_checkpoint(unconditional):
     assert "knows no types" in call(unconditional, "--types", "fire")
     assert "knows none" in call(unconditional, "--guidance", 2)
+
+
+def test_the_picture_to_start_from_is_not_overwritten(unconditional):
+    Image.new("RGB", (20, 20), "red").save("mine.png")
+    before = Path("mine.png").read_bytes()
+    assert "would take the place of --init_image" in call(unconditional, "--init_image", "mine.png", "--output", "mine.png")
+    assert Path("mine.png").read_bytes() == before
+
+
+def test_the_colours_of_a_walk(tmp_path):
+    """Both ends keep their colours in the animation, though it has one palette."""
+    ramp = torch.linspace(0, 1, 12).view(-1, 1, 1, 1)
+    red, blue = (torch.tensor(color).view(1, 3, 1, 1) for color in ((240.0, 30, 20), (20.0, 60, 220)))
+    shade = torch.linspace(0.5, 1, 64).view(1, 1, 8, 8)
+    frames = [grid(frame[None].to(torch.uint8), columns=1) for frame in (red + ramp * (blue - red)) * shade]
+    walk = frames + frames[-2:0:-1]
+    save_animation(walk, tmp_path / "walk.gif")
+    film = Image.open(tmp_path / "walk.gif")
+    for i in range(film.n_frames):
+        film.seek(i)
+        difference = np.asarray(film.convert("RGB")).astype(int) - np.asarray(walk[i])
+        assert np.abs(difference).mean() < 12, i
 
 
 def test_an_unreadable_picture_to_start_from(unconditional):
