@@ -17,21 +17,6 @@ from scripts import FEW_STEPS, ROOT, assert_one_line, call, pictures
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_seed_gives_its_picture_whatever_the_batch(final, sampler):
-    """Within one level of 255: the order of additions in a convolution may depend on the size of its batch."""
-    flags = [*FEW_STEPS, "--checkpoint", final, "--sampler", sampler, "--eta", 0.5, "--individual"]
-    assert call(generate, *flags, "--seed", 3, "--num_images", 5, "--output", "five.png") == 0
-    assert call(generate, *flags, "--seed", 3, "--num_images", 5, "--batch_size", 2, "--output", "twos.png") == 0
-    assert call(generate, *flags, "--seed", 5, "--num_images", 1, "--output", "alone.png") == 0
-    five, twos, alone = pictures("five"), pictures("twos"), pictures("alone")
-    assert list(five) == list(twos) == [f"seed_{seed:06d}.png" for seed in range(3, 8)]
-    assert list(alone) == ["seed_000005.png"]
-    assert all(np.abs(five[name] - twos[name]).max() <= 1 for name in five)
-    assert np.abs(five["seed_000005.png"] - alone["seed_000005.png"]).max() <= 1
-    assert np.abs(five["seed_000005.png"] - five["seed_000006.png"]).max() > 20
-
-
 def test_the_same_command_writes_the_same_bytes(final):
     for name in ("a.png", "b.png"):
         assert call(generate, *FEW_STEPS, "--checkpoint", final, "--num_images", 2, "--output", name) == 0
