@@ -167,7 +167,7 @@ def _jackknife(names: tuple[str, ...], scores: Callable[[torch.Tensor], torch.Te
 
     Not the bootstrap: it would draw some pictures twice, and their nearest neighbour would be themselves.
     """
-    group = torch.arange(n) % GROUPS
+    group = torch.randperm(n, generator=torch.Generator().manual_seed(seed_from(n, stream="jackknife"))) % GROUPS
     values = scores(torch.ones(n, dtype=torch.bool)).double()
     others = torch.stack([scores(group != g).double() for g in range(GROUPS)])
     errors = ((GROUPS - 1) * others.var(dim=0, unbiased=False)).sqrt()

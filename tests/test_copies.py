@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from augmentation import augment
 from copies import calibrate, feature_distance, nearest, plant, warp, wilson
 from critters import draw_critters
 from features import FeatureSpace
@@ -30,7 +31,6 @@ def test_planted_copies_are_found_fresh_critters_are_not_and_a_mixture_is_counte
     planted = plant(train[:100], torch.Generator().manual_seed(9))
     fresh = critters(100, 1)
     found, alarms = copied(planted, train, limits), copied(fresh, train, limits)
-    print(found.float().mean(), alarms.float().mean(), limits)
     assert found.float().mean() > 0.95
     assert alarms.float().mean() <= 0.03
     mixture = torch.cat([found, alarms]).float().mean()
@@ -62,13 +62,14 @@ def test_a_picture_is_not_its_own_copy_and_one_of_a_single_colour_is_like_nothin
 
 
 def test_duplicates_in_the_data_do_not_hide_copies(train, limits):
-    """A tenth of the creatures twice, in another file: the plain 1 % quantile would be next to nothing."""
-    twice = torch.cat([train[:160], plant(train[:16], torch.Generator().manual_seed(3))])
+    """A tenth of the creatures again in a file of other colours: the plain 1 % quantile would be next to nothing."""
+    again = (127.5 * (augment(train[:12], torch.Generator().manual_seed(3))[0] + 1)).round().to(torch.uint8)
+    twice = torch.cat([train[:120], again])
     limit = calibrate(twice, FeatureSpace(twice))["pixels"]
     own = nearest(twice, twice, torch.arange(len(twice))).distance
-    assert limit.duplicates >= 28
+    assert 22 <= limit.duplicates <= 26
     assert own.quantile(0.01) < 0.5 * limit.threshold
-    planted = plant(train[:100], torch.Generator().manual_seed(4))
+    planted = plant(train[12:112], torch.Generator().manual_seed(4))
     assert (nearest(planted, twice).distance <= limit.threshold).float().mean() > 0.93
 
 
@@ -84,11 +85,10 @@ def test_few_pictures_give_a_coarser_alarm_and_too_few_none(train):
 
 def test_features_find_copies_too_at_the_pose_that_was_found(train, limits):
     space = FeatureSpace(train)
-    planted, fresh = plant(train[:60], torch.Generator().manual_seed(5)), critters(60, 2)
+    shifted = warp(train[:40] / 255, torch.tensor([-1, 0, 0.04, -0.03]).expand(40, 4))
     shares = [(feature_distance(made, train, nearest(made, train), space) <= limits["features"].threshold).float().mean()
-              for made in (planted, fresh)]
-    print(shares, limits["features"])
-    assert shares[0] > 0.8 and shares[1] <= 0.05
+              for made in ((255 * shifted).to(torch.uint8), critters(40, 2))]
+    assert shares[0] > 0.9 and shares[1] <= 0.05
 
 
 @pytest.mark.parametrize("count, n, low, high", [(0, 100, 0.0, 0.037), (50, 100, 0.404, 0.596), (100, 100, 0.963, 1.0)])
