@@ -1,4 +1,4 @@
-"""Is a sample a copy of a training picture? The nearest one, however it is turned, and a threshold that means something.
+"""Is a sample a copy of a training picture? The nearest one, however it is turned, and how near is too near.
 
     limits = calibrate(train, space)                       # uint8 [N, 3, S, S], and a FeatureSpace
     found = nearest(samples, train)                        # which picture, how far, and turned how
@@ -47,7 +47,8 @@ STEPS = [(3.5, 1 / 32), (3.5, 1 / 32), (3.5, 1 / 32), (1.75, 1 / 64), (1.75, 1 /
 class Nearest:
     """For each of N queries: the training picture that is nearest, the distance, and the pose it was found in.
 
-    distance: [N], 0 ... 1; index: [N]; pose: [N, 4], (1 or -1 for mirrored, degrees counter-clockwise, shift right, shift down).
+    distance: [N], 0 ... 1; index: [N]; pose: [N, 4], what turns that picture into the query: 1, or -1 for mirrored;
+    then degrees counter-clockwise; then shifts to the right and down as shares of the side.
     """
 
     distance: torch.Tensor
@@ -90,9 +91,9 @@ def nearest(queries: torch.Tensor, pictures: torch.Tensor, own: torch.Tensor | N
     """
     thumbnails, details = _shrink(pictures, THUMBNAIL), _shrink(pictures, DETAIL)
     parts = []
-    for low in range(0, len(queries), 512):
-        batch = queries[low : low + 512]
-        index, pose = _candidates(_shrink(batch, THUMBNAIL), thumbnails, None if own is None else own[low : low + 512])
+    for low in range(0, len(queries), 1000):
+        batch = queries[low : low + 1000]
+        index, pose = _candidates(_shrink(batch, THUMBNAIL), thumbnails, None if own is None else own[low : low + 1000])
         parts.append(_refine(_normalise(_shrink(batch, DETAIL)), details, index, pose))
     return Nearest(*(torch.cat(part) for part in zip(*parts)))
 
@@ -114,7 +115,7 @@ def _normalise(x: torch.Tensor) -> torch.Tensor:
 
 def _candidates(queries: torch.Tensor, pictures: torch.Tensor,
                 own: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """By thumbnails in every pose of POSES: the pictures [N, CANDIDATES] most like each query, and poses [N, CANDIDATES, 4]."""
+    """By thumbnails in every pose of POSES: the pictures [N, CANDIDATES] most like each query, and poses [..., 4]."""
     flat = _normalise(queries)
     best = torch.full((len(queries), len(pictures)), -2.0)
     which = torch.zeros(best.shape, dtype=torch.uint8)
@@ -189,8 +190,8 @@ def calibrate(train: torch.Tensor, space: FeatureSpace, seed: int = 0) -> dict[s
     ):
         rest = distance[~duplicate].sort().values
         if len(rest) < FEWEST:  # a set of duplicates alone: no pair of different pictures to learn from
-            raise ValueError(f"finding copies needs {FEWEST} training pictures without a duplicate among the others, and "
-                             f"there are {len(rest)} of {len(chosen)}")
+            raise ValueError(f"finding copies needs {FEWEST} training pictures without a duplicate among the others, "
+                             f"and there are {len(rest)} of {len(chosen)}")
         k = max(1, math.floor(FALSE_ALARM * (len(rest) + 1)))
         threshold = rest[k - 1].item()
         found = wilson((of_planted <= threshold).sum().item(), len(planted))

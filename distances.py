@@ -9,6 +9,7 @@ pictures against other real pictures, in the same numbers, is the yardstick: `se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,10 +29,12 @@ GROUPS = 10  # of the jackknife
 
 @dataclass
 class Score:
-    """A figure and its standard error."""
+    """A figure and its standard error; and the same figure without each tenth of both sets, from which that comes. The
+    tenths are the same ones for sets of the same size, so the difference of two scores can have an error of its own."""
 
     value: float
     error: float
+    others: tuple[float, ...] = ()
 
 
 def sets_to_compare(samples: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, seed: int = 0,
@@ -101,11 +104,11 @@ def neighbour_scores(samples: torch.Tensor, pictures: torch.Tensor, k: int = NEI
 def sliced_wasserstein(samples: torch.Tensor, pictures: torch.Tensor, seed: int = 0) -> dict[str, Score]:
     """The sliced Wasserstein distance between patches, at each scale (Karras et al. 2018, section 5); 0 is the best.
 
-    The scales are levels of a Laplacian pyramid, from S down to 16 pixels (or S, if that is less): the finest holds what
-    is sharp, the last one the whole coarse picture. From each picture and level come 32 patches of 7 x 7 at random places, normalised to mean 0
-    and deviation 1 in each channel, by the pictures' statistics for both sets, so that a sample that is pale or grainy
-    is not made equal to them. Patches are projected to 64 random directions; along each, the distance of two sets of
-    equal size is the mean difference of their sorted values. In units of the pictures' own deviation.
+    The scales are levels of a Laplacian pyramid, from S down to 16 pixels (or S, if that is less): the finest holds
+    what is sharp, the last one the whole coarse picture. From each picture and level come 32 patches of 7 x 7 pixels at
+    random places. They are normalised to mean 0 and deviation 1 in each channel, both sets by the pictures' statistics:
+    each by its own, as in the paper, would make pale or grainy samples equal to them. Patches are projected to 64
+    random directions; along each, the distance of two sets of equal size is the mean difference of their sorted values.
 
     Returns:
         "wasserstein_64", "wasserstein_32", ... by the level's side in pixels, and their mean, "wasserstein".
@@ -120,8 +123,8 @@ def sliced_wasserstein(samples: torch.Tensor, pictures: torch.Tensor, seed: int 
 
     def scores(keep: torch.Tensor) -> torch.Tensor:
         kept = keep.repeat_interleave(PATCHES)  # the sorted values stay sorted when those of some pictures are left out
-        of_level = [torch.stack([value[kept[owner]].view(PROJECTIONS, -1) for value, owner in level]) for level in levels]
-        distance = torch.stack([(a - b).abs().mean() for a, b in of_level])
+        of_level = [[value[kept[patch]].view(PROJECTIONS, -1) for value, patch in level] for level in levels]
+        distance = torch.stack([(real - made).abs().mean() for real, made in of_level])
         return torch.cat([distance.mean()[None], distance])
 
     return _jackknife(("wasserstein", *(f"wasserstein_{side}" for side in sides)), scores, n)
@@ -163,7 +166,7 @@ def _patches(images: torch.Tensor, level: int, num_levels: int, generator: torch
 
 
 def _jackknife(names: tuple[str, ...], scores: Callable[[torch.Tensor], torch.Tensor], n: int) -> dict[str, Score]:
-    """scores(keep), keep bool [n], with all pictures; and standard errors from leaving out a tenth of both sets in turn.
+    """scores(keep), keep bool [n], with all pictures; and standard errors from leaving out each tenth of both sets.
 
     Not the bootstrap: it would draw some pictures twice, and their nearest neighbour would be themselves.
     """
@@ -171,4 +174,48 @@ def _jackknife(names: tuple[str, ...], scores: Callable[[torch.Tensor], torch.Te
     values = scores(torch.ones(n, dtype=torch.bool)).double()
     others = torch.stack([scores(group != g).double() for g in range(GROUPS)])
     errors = ((GROUPS - 1) * others.var(dim=0, unbiased=False)).sqrt()
-    return {name: Score(value, error) for name, value, error in zip(names, values.tolist(), errors.tolist())}
+    return {name: Score(value, error, tuple(without)) for name, value, error, without in
+            zip(names, values.tolist(), errors.tolist(), others.T.tolist())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# with a trained network, for those who have one
+
+
+def find_torch_fidelity():
+    """The package that has the network; a ValueError in words where it is not installed."""
+    try:
+        import torch_fidelity
+    except ImportError:
+        raise ValueError("--fid needs torch-fidelity, which is not installed: pip install torch-fidelity (on its first "
+                         "use it downloads the Inception network), or leave --fid out") from None
+    return torch_fidelity
+
+
+def inception_distances(samples: torch.Tensor, pictures: torch.Tensor, cuda: bool = False) -> dict[str, Score]:
+    """FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018) with the usual Inception network, by torch-fidelity.
+
+    Raises:
+        ValueError: if that is not installed, or cannot get its network.
+    """
+    torch_fidelity = find_torch_fidelity()
+
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, images: torch.Tensor):
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return self.images[i]
+
+    try:
+        found = torch_fidelity.calculate_metrics(
+            input1=Pictures(samples), input2=Pictures(pictures), fid=True, kid=True, cuda=cuda, verbose=False,
+            kid_subset_size=min(1000, len(samples), len(pictures)),
+        )
+    except Exception as error:  # no network to download from, no memory, ...
+        raise ValueError(f"torch-fidelity failed ({str(error).splitlines()[0]}); leave --fid out") from error
+    return {"fid": Score(found["frechet_inception_distance"], math.nan),
+            "kid": Score(found["kernel_inception_distance_mean"], math.nan)}

@@ -62,8 +62,8 @@ def _edges(x: torch.Tensor) -> torch.Tensor:
 
 
 def _grain(x: torch.Tensor) -> torch.Tensor:
-    """How far pixels are from the mean of their 3 x 3 neighbours, [N, 2]: logarithms of the mean, which grain on a plain
-    background raises most, and of the root of the mean square, which is made by sharp edges."""
+    """How far pixels are from the mean of their 3 x 3 neighbours, [N, 2]: logarithms of the mean, which grain on a
+    plain background raises most, and of the root of the mean square, which is made by sharp edges."""
     off = (x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)).flatten(1)
     return torch.stack([off.abs().mean(dim=1), off.square().mean(dim=1).sqrt()], dim=1).clamp(min=1e-3).log()
 
@@ -82,11 +82,11 @@ class FeatureSpace:
     def __init__(self, images: torch.Tensor, dimensions: int = 64):
         *blocks, grain = _describe_all(images)
         self.means = [block.mean(dim=0) for block in blocks]
-        self.scales = [block.var(dim=0).sum().sqrt().clamp(min=1e-6) for block in blocks]
+        self.scales = [block.var(dim=0, unbiased=False).sum().sqrt().clamp(min=1e-6) for block in blocks]
         self.grain = grain.mean(dim=0)
         joined = self._join(blocks)
         variance, axes = torch.linalg.eigh(joined.T @ joined / len(joined))  # ascending
-        kept = min(dimensions, len(images) - 1)
+        kept = max(1, min(dimensions, len(images) - 1))
         deviation = variance.flip(0)[:kept].clamp(min=1e-12).sqrt()
         self.axes = axes.flip(1)[:, :kept] / deviation.clamp(min=1e-3 * deviation[0]).sqrt()
 

@@ -19,6 +19,7 @@ picture (Nichol & Dhariwal 2021 and most papers give it so). What is chosen here
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ from dataclasses import dataclass
 import torch
 
 from forward_diffusion import NoiseScheduler, seed_from
-
-VARIANCES = ("beta_tilde", "beta")
+from pictures import to_image
+from reverse_diffusion import VARIANCES
 
 
 @dataclass
@@ -73,6 +74,7 @@ def variational_bound(
     seed: int = 0,
     batch_size: int = 64,
     device: str | torch.device = "cpu",
+    callback: Callable[[int], None] | None = None,
 ) -> Bound:
     """The bound of pictures uint8 [N, 3, S, S]; with `types`, float [N, K], given each picture's types.
 
@@ -80,6 +82,7 @@ def variational_bound(
         model: any callable (x_t, t[, types]) -> output; the images reach it as float32 in [-1, 1] on `device`.
         num_timesteps: how many of t = 1 ... T-1 to visit a picture, one drawn from each of so many ranges; the ranges
             grow with t since the terms are largest and change fastest near 0. None visits all of them.
+        callback: called after each batch with the number of passes in it; N (1 + num_timesteps) in all.
         seed: noise and timesteps of picture i come from (seed, i), so that two models are asked the same questions.
 
     Raises:
@@ -114,9 +117,12 @@ def variational_bound(
             guess = guess.clamp(-1, 1)
         squared = (guess - x_0).double().square().sum(dim=(1, 2, 3)).cpu()
         terms[low : low + batch_size] = numbers * constant[t] + weight[t] * squared
+        if callback is not None:
+            callback(len(questions))
         last = t == 0
         if last.any():
-            decoder[of[last]] = -log_likelihood_of_levels(images[of[last]], guess.cpu()[last], decoder_std).sum((1, 2, 3))
+            log_p = log_likelihood_of_levels(images[of[last]], guess.cpu()[last], decoder_std)
+            decoder[of[last]] = -log_p.sum(dim=(1, 2, 3))
     steps = terms.view(len(images), asked)[:, 1:] * width
 
     x_0 = images.double() / 127.5 - 1
@@ -157,6 +163,16 @@ def gap(seen: Bound, unseen: Bound, detail: tuple[torch.Tensor, torch.Tensor] | 
     fitted = inverse @ y
     residual = (y - columns @ fitted) * (len(y) / max(1, len(y) - 3)) ** 0.5
     return fitted[1].item(), ((inverse[1] * residual) ** 2).sum().sqrt().item()  # the sets may vary unequally (White)
+
+
+def png_bits(images: torch.Tensor) -> torch.Tensor:
+    """How much detail pictures uint8 [N, 3, S, S] have: the bits a dimension of each as a PNG file, float64 [N]."""
+    sizes = []
+    for image in images:
+        file = io.BytesIO()
+        to_image(image).save(file, format="PNG", optimize=True)
+        sizes.append(8 * file.tell() / image.numel())
+    return torch.tensor(sizes, dtype=torch.float64)
 
 
 def _draw(seed: int, shape: torch.Size) -> tuple[float, torch.Tensor]:

@@ -50,7 +50,6 @@ def test_fresh_critters_are_nearly_as_good_as_the_best_that_can_be(of_fresh):
 
 def test_half_of_the_types_lost_lowers_recall_and_coverage_and_not_precision(pictures, space, of_fresh):
     lost = compare(critters(300, 2, TYPES[:5]), pictures, space)
-    print(lost, of_fresh)
     for name in ("recall", "coverage"):
         assert lost[name].value < of_fresh[name].value - 0.2
     assert lost["precision"].value > of_fresh["precision"].value - 2 * of_fresh["precision"].error - 0.01
@@ -61,11 +60,11 @@ def test_half_of_the_types_lost_lowers_recall_and_coverage_and_not_precision(pic
     [lambda x: gaussian_blur(x, 9, 1.0), lambda x: gaussian_blur(x, 9, 1.5), lambda x: gaussian_blur(x, 9, 2.5)],
     [lambda x: noisy(x, 16), lambda x: noisy(x, 32), lambda x: noisy(x, 64)],
 ], ids=["blur", "noise"])
-def test_blur_and_noise_lower_precision_and_raise_the_distance_in_order_of_strength(spoil, pictures, fresh, space, of_fresh):
+def test_blur_and_noise_lower_precision_and_raise_the_distance_in_order_of_strength(spoil, pictures, fresh, space,
+                                                                                    of_fresh):
     scores = [of_fresh] + [compare(how(fresh), pictures, space) for how in spoil]
     precision = [score["precision"].value for score in scores]
     distance = [score["wasserstein"].value for score in scores]
-    print(precision, distance)
     assert precision[1] > precision[2] > precision[3] and precision[0] > precision[2]
     assert distance[0] < distance[1] < distance[2] < distance[3]
 
@@ -78,7 +77,7 @@ def test_the_finest_scale_tells_slight_blur_and_the_coarsest_does_not(pictures):
 
 def test_a_known_wasserstein_distance():
     """Flat pictures, of black or white in another share: each patch is one colour c in all its numbers, its projection
-    c (sum of the direction), and the distance of two such sets the difference of the shares times that of the colours."""
+    c (sum of the direction), and the distance of two such sets the difference of shares times that of the colours."""
     black, white = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.full((1, 3, 8, 8), 255, dtype=torch.uint8)
     half = torch.cat([black.expand(50, -1, -1, -1), white.expand(50, -1, -1, -1)])
     most = torch.cat([black.expand(20, -1, -1, -1), white.expand(80, -1, -1, -1)])
@@ -108,7 +107,6 @@ def test_error_bars_are_what_other_draws_would_differ_by():
     for name in ("precision", "recall", "coverage"):
         spread = torch.tensor([score[name].value for score in drawn]).std().item()
         stated = sum(score[name].error for score in drawn) / len(drawn)
-        print(name, spread, stated)
         assert 0.5 * spread < stated < 2 * spread
 
 

@@ -36,11 +36,11 @@ def closed_form(scheduler: NoiseScheduler) -> float:
     abar = scheduler.alpha_bar(scheduler.num_timesteps - 1)
     prior = 0.5 * (abar * (STD**2 - 1) - math.log1p(-abar))
     steps = (0.5 * (snr[:-1] - snr[1:]) * error[1:]).sum().item()
-    # The last step: a bin's probability is the Gaussian over it, and how far the guess lies from its middle is Gaussian.
+    # The last step: a bin's probability is the Gaussian over it; how far the guess lies from its middle is Gaussian.
     abar_0, abar_1 = scheduler.alpha_bar(0), scheduler.alpha_bar(1)
     std = ((1 - abar_1 / abar_0) * (1 - abar_0) / (1 - abar_1)) ** 0.5
     z = torch.linspace(-8, 8, 4001, dtype=torch.float64)
-    off = -z.abs() * error[0].sqrt()  # by symmetry; in the lower tail, where differences stay exact
+    off = -z.abs() * error[0].sqrt()  # by symmetry; in the lower tail, differences stay exact
     high, low = (off + 1 / 255) / std, (off - 1 / 255) / std
     probability = (torch.erfc(-high / 2**0.5) - torch.erfc(-low / 2**0.5)) / 2
     decoder = -(torch.exp(-(z**2) / 2) * probability.log()).sum() / torch.exp(-(z**2) / 2).sum()
