@@ -7,10 +7,10 @@ Fewer bits mean that the model expected the picture more. It is the bound of Ho 
 DIFFUSION_THEORY.md derives in section 5: L_T + L_{T-1} + ... + L_1 + L_0, in bits for each of the 3 S S numbers of a
 picture (Nichol & Dhariwal 2021 and most papers give it so). What is chosen here, and why:
 
-- The variances of the learned steps are beta-tilde, those with which `reverse_diffusion.sample` draws: the figure then
-  belongs to the process that makes the samples. Each term is then 1/2 (SNR_{t-1} - SNR_t) times the squared error of
-  the predicted clean picture. The other fixed choice, beta, is a parameter: it is tight for smooth densities,
-  as the Gaussian of the tests, and beta-tilde for pictures of which most pixels are certain.
+- The variances of the learned steps are beta, one of the two fixed choices of Ho et al. (section 3.2). Both give a
+  bound, so the lower one says more, and that was beta wherever it was tried: 4.28 bits against 4.72 for a model of
+  Pokemon. For a network that is not exact beta-tilde is too narrow where there is little noise left, and a Gaussian
+  that is too narrow costs much. `sample` draws with either; "beta_tilde" is a parameter here as it is there.
 - At the last step, to the clean picture, beta-tilde is 0. As in the code of Ho et al., it takes that of the step before
   there. The Gaussian is integrated over the bin of each 8-bit value (Ho et al. 2020, eq. 13).
 - The predicted clean picture is kept within [-1, 1], as when sampling. Pictures lie there, so this can only bring it
@@ -69,7 +69,7 @@ def variational_bound(
     prediction: str = "eps",
     types: torch.Tensor | None = None,
     num_timesteps: int | None = 16,
-    variance: str = "beta_tilde",
+    variance: str = "beta",
     clip: bool = True,
     seed: int = 0,
     batch_size: int = 64,

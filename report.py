@@ -22,10 +22,9 @@ from pictures import grid, to_image
 MEANINGS: dict[str, tuple[str, str, str, str]] = {
     "copies": (
         "copies", "%", "lower",
-        "The share of samples that are closer to a training picture than different real pictures hardly ever are to "
-        "each other, after mirroring, turning, shifting and brightening. The limit is set so that about 1 % of "
-        "honest new pictures are called copies as well; clearly more than that means that the model has learned "
-        "pictures by heart.",
+        "The share of samples that are as close to a training picture, once that is mirrored, turned, shifted and "
+        "brightened to fit, as hardly any two different real pictures are. The limit is set so that about 1 % of "
+        "honest new pictures are called copies too; clearly more means that the model has learned pictures by heart.",
     ),
     "copies_features": (
         "copies, by features", "%", "lower",
@@ -126,8 +125,9 @@ MEANINGS: dict[str, tuple[str, str, str, str]] = {
 }
 # figure, what to say if it is worse than that of real pictures beyond doubt, and what if it is not
 COMPARED = (
-    ("precision", "Fewer samples look like real pictures than real ones do",
-     "Samples look like real pictures as often as real ones do"),
+    ("precision", "Fewer samples look like real pictures than real ones do", ""),
+    ("density", "Samples look less like real pictures than real ones do",
+     "Samples look as much like real pictures as real ones do"),
     ("recall", "Samples are less varied than real pictures", "Samples are as varied as real pictures"),
     ("coverage", "Some kinds of real picture have no sample near them", ""),
     ("wasserstein_fine", "Their finest details differ from those of real pictures (softer, or grainier)",
@@ -137,13 +137,14 @@ OVER_TIME = ("bits_train", "bits_held_out", "copies", "precision", "recall", "co
              "wasserstein_fine", "saturation")
 
 
-def shown(figure: dict, style: str) -> str:
-    """A figure with its interval, as in "4.1 % (3.0 to 5.5)"."""
-    def number(x: float) -> str:
-        return f"{100 * x:.1f}" if style == "%" else f"{x:.{style}f}"
+def number(x: float, style: str) -> str:
+    return f"{100 * x:.1f}" if style == "%" else f"{x:.{style}f}"
 
-    text = number(figure["value"]) + (" %" if style == "%" else "")
-    return text + (f" ({number(figure['low'])} to {number(figure['high'])})" if "low" in figure else "")
+
+def shown(figure: dict, style: str) -> tuple[str, str]:
+    """A figure and its interval, as "4.1 %" and "3.0 to 5.5"; the latter is empty where there is none."""
+    interval = f"{number(figure['low'], style)} to {number(figure['high'], style)}" if "low" in figure else ""
+    return number(figure["value"], style) + (" %" if style == "%" else ""), interval
 
 
 def table(run: dict) -> str:
@@ -152,8 +153,8 @@ def table(run: dict) -> str:
     for name, (heading, style, better, _) in MEANINGS.items():
         if name in run["figures"]:
             figure = run["figures"][name]
-            real = shown(figure["real"], style) if "real" in figure else ""
-            rows.append((heading, shown(figure, style), real, better))
+            cells = [shown(of, style) if of else ("", "") for of in (figure, figure.get("real"))]
+            rows.append((heading, *(value + f" ({interval})" * bool(interval) for value, interval in cells), better))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -182,8 +183,8 @@ def verdict(run: dict) -> list[str]:
             figure, real, (heading, style, better, _) = figures[name], figures[name]["real"], MEANINGS[name]
             worse = figure["high"] < real["low"] if better == "higher" else figure["low"] > real["high"]
             if worse or good:
-                said = f"{heading} {shown(figure, style)} against {shown(real, style)}"
-                lines.append(f"{bad if worse else good}: {said}.")
+                said = f"{heading} {shown(figure, style)[0]} against {shown(real, style)[0]}"
+                lines.append(f"{bad if worse else good} ({said}).")
     looked_at = [name for name, meaning in MEANINGS.items() if meaning[2] == "as the data" and name in figures]
     drifted = [MEANINGS[name][0] for name in looked_at if figures[name]["low"] > figures[name]["real"]["high"]
                or figures[name]["high"] < figures[name]["real"]["low"]]
@@ -286,6 +287,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; 
 table { border-collapse: collapse; width: 100% }
 td, th { border-bottom: 1px solid #ddd; padding: .4em .6em; text-align: left; vertical-align: top }
 td.n { white-space: nowrap }
+td { line-height: 1.35 }
 small, figcaption { color: #666; font-size: .85em }
 figure { margin: 1em 0 }
 img { max-width: 100%; image-rendering: pixelated }
@@ -297,9 +299,9 @@ img.plot { image-rendering: auto }
 .said { background: #f4f6f8; padding: .6em 1.2em; border-radius: .5em }
 """
 HOW_TO_READ = (
-    "In brackets: where the figure lies with 95 % confidence; where two brackets overlap, the figures cannot be told "
-    "apart. Real pictures: what the same measure says of real pictures in the samples' place; nobody can honestly do "
-    "better.")
+    "Below each figure: between which values it lies with 95 % confidence; where those of two figures overlap, they "
+    "can hardly be told apart. Real pictures: what the same measure says of real pictures in the samples' place; nobody "
+    "can honestly do better.")
 HOW_TO_READ_PAIRS = (
     "On the left the sample, on the right the training picture nearest to it, mirrored and turned as it fits best; the "
     "nearest pair first. A red frame: called a copy. The distance is the share of the sample's contrast that the "
@@ -323,12 +325,13 @@ def write_html(path: Path, report: dict, images: dict[str, Image.Image], pairs: 
 
     of_epoch = f" of epoch {last['epoch']}" if len(runs) > 1 else ""
     parts.append(f"<h2>The figures{of_epoch}</h2><p><small>{text(HOW_TO_READ)}</small></p>")
-    parts.append("<table><tr><th>figure<th>samples<th>real pictures<th>better<th>what it means</tr>")
+    parts.append("<table><tr><th>figure<th>samples<th>real pictures<th>what it means</tr>")
     for name, (heading, style, better, meaning) in MEANINGS.items():
         if name in last["figures"]:
             figure = last["figures"][name]
-            real = shown(figure["real"], style) if "real" in figure else ""
-            cells = "".join(f"<td class=n>{text(cell)}" for cell in (heading, shown(figure, style), real, better))
+            way = better if better == "as the data" else f"{better} is better"
+            row = [(heading, way)] + [shown(of, style) if of else ("", "") for of in (figure, figure.get("real"))]
+            cells = "".join(f"<td class=n>{text(main)}<br><small>{text(below)}</small>" for main, below in row)
             parts.append(f"<tr>{cells}<td><small>{text(meaning)}</small></tr>")
     parts.append("</table>")
 
@@ -344,9 +347,9 @@ def write_html(path: Path, report: dict, images: dict[str, Image.Image], pairs: 
     if len(runs) > 1:
         parts.append("<table><tr><th>figure" + "".join(f"<th>epoch {run['epoch']}" for run in runs) + "</tr>")
         for name, (heading, style, _, _) in MEANINGS.items():
-            cells = [shown(run["figures"][name], style) if name in run["figures"] else "" for run in runs]
-            if any(cells):
-                row = "".join(f"<td>{text(cell)}" for cell in cells)
+            cells = [shown(run["figures"][name], style) if name in run["figures"] else ("", "") for run in runs]
+            if any(value for value, _ in cells):
+                row = "".join(f"<td class=n>{text(value)}<br><small>{text(below)}</small>" for value, below in cells)
                 parts.append(f"<tr><td class=n>{text(heading)}{row}</tr>")
         parts.append("</table>")
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{text(last['name'])}</title><style>{STYLE}</style>"

@@ -55,7 +55,7 @@ def bound_of(scheduler: NoiseScheduler, prediction: str = "v", n: int = 32, **op
 @pytest.mark.parametrize("schedule, prediction", [("linear", "eps"), ("linear", "x0"), ("cosine", "v")])
 def test_a_gaussian_with_its_exact_predictor_has_the_bound_of_the_closed_form(schedule, prediction):
     scheduler = NoiseScheduler(schedule=schedule)
-    bound = bound_of(scheduler, prediction, num_timesteps=32)
+    bound = bound_of(scheduler, prediction, num_timesteps=32, variance="beta_tilde")
     assert bound.mean == pytest.approx(closed_form(scheduler), rel=0.01)
     assert bound.mean > ENTROPY
 
@@ -63,7 +63,7 @@ def test_a_gaussian_with_its_exact_predictor_has_the_bound_of_the_closed_form(sc
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_with_variances_beta_it_is_the_entropy_to_one_percent_and_never_below(schedule):
     """beta is the right variance for a smooth density, so nothing is lost but what a finite number of steps costs."""
-    bound = bound_of(NoiseScheduler(schedule=schedule), variance="beta", num_timesteps=32)
+    bound = bound_of(NoiseScheduler(schedule=schedule), num_timesteps=32)
     assert ENTROPY < bound.mean < 1.01 * ENTROPY
 
 
@@ -71,7 +71,7 @@ def test_more_steps_come_nearer_to_the_entropy():
     excess = []
     for num_timesteps in (20, 60, 180):
         scheduler = NoiseScheduler(num_timesteps, 1e-4 * 180 / num_timesteps, 0.11 * 180 / num_timesteps)
-        excess.append(bound_of(scheduler, n=4, num_timesteps=None, variance="beta").mean - ENTROPY)
+        excess.append(bound_of(scheduler, n=4, num_timesteps=None).mean - ENTROPY)
     assert excess[0] > excess[1] > excess[2] > 0
 
 
@@ -106,7 +106,7 @@ def test_types_reach_the_model_with_their_own_picture():
 
     knows = variational_bound(model, scheduler, images, types=types, prediction="x0", num_timesteps=4)
     misled = variational_bound(model, scheduler, images, types=types.roll(1, 0), prediction="x0", num_timesteps=4)
-    assert knows.steps.abs().max() < 1e-6 and misled.steps.sum(dim=1).min() > 1
+    assert misled.bits.min() > knows.bits.max() + 1
 
 
 def test_the_levels_have_probabilities_that_add_up_to_one():
