@@ -10,8 +10,10 @@ go to outputs/samplers.png, .md and .json; a run that was stopped goes on with w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +41,7 @@ RUNS = {  # name -> (options of `sample`, steps)
 }
 YARDSTICK = ("ddpm", 1000)  # what the others are compared with
 GROUPS = 8  # of the jackknife
+BATCH_SIZE = 64
 
 
 def main() -> None:
@@ -56,8 +59,13 @@ def main() -> None:
         precision = pick_precision("auto", device)
         model, scheduler, config = load_model(args.checkpoint, device)
         model.to(memory_format=memory_format(device))
-        if config["types"] not in ((), TYPES):
-            raise ValueError(f"{args.checkpoint} is not a model of critters; train one: python train.py --preset quick")
+        if config["types"] != TYPES:
+            raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
+                             f"python train.py --preset quick")
+        if args.num_images < 64:
+            raise ValueError(f"--num_images must be at least 64 for a distance to say something, not {args.num_images}")
+        if max(max(steps) for _, steps in RUNS.values()) > scheduler.num_timesteps:
+            raise ValueError(f"{args.checkpoint} has {scheduler.num_timesteps} timesteps, and more steps are wanted")
         args.output.parent.mkdir(parents=True, exist_ok=True)
 
         # Real pictures: a set to compare all with, and another of the same types, the least distance to hope for.
@@ -66,10 +74,11 @@ def main() -> None:
         other = np.stack([draw_critter(i, config["image_size"], HELD_OUT_SEED + 1, names)[0]
                           for i, names in enumerate(labels)])
         other = torch.from_numpy(other).permute(0, 3, 1, 2)
-        types = torch.from_numpy(multi_hot(labels, TYPES)).float() if config["types"] else None
+        types = torch.from_numpy(multi_hot(labels, TYPES)).float()
 
         path = args.output.with_suffix(".json")
-        made_with = dict(checkpoint=args.checkpoint.name, num_images=args.num_images, seed=args.seed)
+        made_with = dict(checkpoint=args.checkpoint.name, num_images=args.num_images, seed=args.seed,
+                         sha256=hashlib.sha256(args.checkpoint.read_bytes()).hexdigest()[:16], precision=precision)
         results = json.loads(path.read_text()) if path.exists() else {}
         if results.get("made_with", made_with) != made_with:
             raise ValueError(f"{path} is of {results['made_with']}; remove it, or give another --output")
@@ -81,24 +90,28 @@ def main() -> None:
                 if (name, steps) in done:
                     continue
                 began = time.monotonic()
-                with tqdm(total=steps * -(-args.num_images // 64), desc=f"{name} {steps}", leave=False) as bar:
+                passes = steps * math.ceil(args.num_images / BATCH_SIZE)
+                with tqdm(total=passes, desc=f"{name} {steps}", leave=False) as bar:
                     images = sample_seeds(
                         model, scheduler, range(args.seed, args.seed + args.num_images), config["image_size"], device,
-                        precision, types=types, steps=steps, prediction=config["prediction"],
+                        precision, batch_size=BATCH_SIZE, types=types, steps=steps, prediction=config["prediction"],
                         callback=lambda *_: bar.update(), **options,
                     )
                 seconds = round(time.monotonic() - began, 1)
                 results["rows"].append(dict(sampler=name, steps=steps, seconds=seconds,
                                             distances=leave_one_out(to_pixels(images), reference)))
-                path.write_text(json.dumps(results, indent=1))
+                path.with_suffix(".tmp").write_text(json.dumps(results, indent=1))
+                os.replace(path.with_suffix(".tmp"), path)
+        table = as_table(results)
+        args.output.with_suffix(".md").write_text(table + "\n")
+        draw(results, args.output.with_suffix(".png"))
     except (ValueError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; give a smaller --num_images")
     except KeyboardInterrupt:
         sys.exit(130)
-    table = as_table(results)
-    args.output.with_suffix(".md").write_text(table + "\n")
-    draw(results, args.output.with_suffix(".png"))
-    print(f"{table}\nwrote {args.output}.json, .md and .png")
+    print(f"{table}\nwrote {path}, .md and .png")
 
 
 def leave_one_out(samples: torch.Tensor, pictures: torch.Tensor) -> list[float]:

@@ -65,8 +65,8 @@ class NoiseScheduler:
 
         alphas_cumprod = torch.cumprod(1 - betas, dim=0)
         if alphas_cumprod[-1] < 1e-300:
-            raise ValueError(f"{num_timesteps} timesteps of the {schedule} schedule are more than float64 can hold; choose "
-                             f"fewer")
+            raise ValueError(f"{num_timesteps} timesteps of the {schedule} schedule are more than float64 can hold; "
+                             f"choose fewer")
         if zero_terminal_snr:
             alphas_cumprod = _end_at_noise(alphas_cumprod)
             betas = 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])

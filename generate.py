@@ -146,8 +146,8 @@ def choose_sampler(args: argparse.Namespace, config: dict, device: torch.device,
         raise ValueError(f"--steps must be in 1 ... {num_timesteps} for this checkpoint, not {steps}")
     for name, of in (("eta", "ddim"), ("variance", "ddpm")):
         if getattr(args, name) is not None and sampler != of:
-            raise ValueError(f"--{name} belongs to the sampler {of}, and this is {sampler}: add --sampler {of}, or leave "
-                             f"--{name} out")
+            raise ValueError(f"--{name} belongs to the sampler {of}, and this is {sampler}: add --sampler {of}, or "
+                             f"leave --{name} out")
     return sampler, steps
 
 
@@ -155,8 +155,8 @@ def choose_guidance(args: argparse.Namespace, plan: Plan, config: dict) -> float
     known, learned_without = config["types"], config.get("label_dropout", 0.1) > 0
     if any(plan.types):
         if args.guidance not in (None, 1) and not learned_without:
-            raise ValueError("--guidance compares with pictures of any type, which this checkpoint was never shown: it was "
-                             "trained with --label_dropout 0; leave --guidance out")
+            raise ValueError("--guidance compares with pictures of any type, which this checkpoint was never shown: it "
+                             "was trained with --label_dropout 0; leave --guidance out")
         return args.guidance if args.guidance is not None else DEFAULT_GUIDANCE if learned_without else 1.0
     if args.guidance is not None:
         raise ValueError("--guidance strengthens types and there are none: " + (
@@ -176,7 +176,8 @@ def prepare_output(args: argparse.Namespace, plan: Plan, image_size: int) -> Non
         if args.init_image and path.exists() and path.samefile(args.init_image):
             raise ValueError(f"--output {path} would take the place of --init_image; give it another name")
         if max(rows, plan.columns) * (image_size + 2) * args.scale + 200 > LONGEST_SIDE[path.suffix.lower()]:
-            raise ValueError(f"{path} would be larger than a {path.suffix} can be; give a smaller --scale or --num_images")
+            raise ValueError(f"{path} would be larger than a {path.suffix} can be; give a smaller --scale or "
+                             f"--num_images")
     if args.individual:
         folder = args.output.with_suffix("")
         folder.mkdir(exist_ok=True)

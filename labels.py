@@ -9,8 +9,8 @@ A labels.csv lies in the folder of images and has the columns `file` and `types`
     file,types
     0001.png,fire flying
 
-Without one, the name of the sub-folder that a picture lies in is its type, as in torchvision's ImageFolder; where folders
-are nested, that of the outermost. A name of two words is two types here too.
+Without one, the name of the sub-folder that a picture lies in is its type, as in torchvision's ImageFolder; where
+folders are nested, that of the outermost. A name of two words is two types here too.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def read_settings(path: str | Path) -> dict:
 
 def save_animation(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0, hold: float = 2.0) -> None:
     """Write an endless GIF that plays for `seconds`, and then stands still on its last frame for `hold` seconds."""
-    # One palette for all frames, since with a palette each the colours would flicker: that of some of them, side by side.
+    # One palette for all, since with a palette each the colours would flicker: that of some frames, side by side.
     chosen = [*frames[:: math.ceil(len(frames) / 8)], frames[-1]]
     together = Image.new("RGB", (chosen[0].width * len(chosen), chosen[0].height))
     for i, frame in enumerate(chosen):

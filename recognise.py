@@ -14,6 +14,7 @@ nearly as much of fewer). It looks at colours alone: a red smudge is "fire" to i
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model
 from critters import PALETTES, TYPES, draw_critters
-from devices import pick_device, pick_precision
+from devices import memory_format, pick_device, pick_precision
 from flags import Parser, finite, natural, positive
 from labels import multi_hot
 from pictures import to_pixels
 from reverse_diffusion import DEFAULT_GUIDANCE, SAMPLERS, sample_seeds
 
 WHITE = 255 * np.ones((1, 3))
+BATCH_SIZE = 64
 NEAR = 0.04  # distance in OKLab over which two colours look alike
 
 
@@ -102,6 +104,7 @@ def main() -> None:
         device = pick_device(args.device)
         precision = pick_precision("auto", device)
         model, scheduler, config = load_model(args.checkpoint, device)
+        model.to(memory_format=memory_format(device))
         if tuple(config["types"]) != TYPES:
             raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
@@ -111,14 +114,18 @@ def main() -> None:
         asked += [types for types in pairs for _ in range(args.num_pairs)]
         seeds = [args.seed + i for _ in singles for i in range(args.num_images)]
         seeds += [args.seed + i for _ in pairs for i in range(args.num_pairs)]
-        with tqdm(total=args.steps * -(-len(seeds) // 64), unit="step", dynamic_ncols=True) as bar:
+        with tqdm(total=args.steps * math.ceil(len(seeds) / BATCH_SIZE), unit="step", dynamic_ncols=True) as bar:
             images = sample_seeds(
-                model, scheduler, seeds, config["image_size"], device, precision,
+                model, scheduler, seeds, config["image_size"], device, precision, batch_size=BATCH_SIZE,
                 types=torch.from_numpy(multi_hot(asked, TYPES)).float(), guidance=args.guidance, sampler=args.sampler,
                 steps=args.steps, prediction=config["prediction"], callback=lambda *_: bar.update(),
             )
     except (ValueError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; give a smaller --num_images and --num_pairs")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
     recogniser = CritterRecogniser(config["image_size"])
     pixels = to_pixels(images).permute(0, 2, 3, 1).numpy()

@@ -256,7 +256,8 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weight: float | torch.Tensor) -> tor
 
     A straight line between two noises passes through noise that is too quiet for the network; on the arc it stays as
     loud as the two are (Shoemake 1985; for diffusion Song, Meng & Ermon 2021, section 5.3). Where there is no arc,
-    because they point the same way or opposite ways, it is the straight line. `weight` is a number, or a tensor that broadcasts.
+    because they point the same way or opposite ways, it is the straight line. `weight` is a number, or a tensor that
+    broadcasts.
     """
     x, y = a.flatten(-3), b.flatten(-3)
     cosine = (x * y).sum(-1) / (x.norm(dim=-1) * y.norm(dim=-1))

@@ -207,7 +207,8 @@ def test_types_of_an_unconditional_checkpoint(unconditional):
 def test_the_picture_to_start_from_is_not_overwritten(unconditional):
     Image.new("RGB", (20, 20), "red").save("mine.png")
     before = Path("mine.png").read_bytes()
-    assert "would take the place of --init_image" in call(unconditional, "--init_image", "mine.png", "--output", "mine.png")
+    line = call(unconditional, "--init_image", "mine.png", "--output", "mine.png")
+    assert "would take the place of --init_image" in line
     assert Path("mine.png").read_bytes() == before
 
 
