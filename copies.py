@@ -11,10 +11,10 @@ picture's own contrast, is the distance: 0 for the same picture, 1 for nothing i
 How near is too near? As near as hardly any real picture is to another one. Each training picture is compared with all
 the others; the distance that one in a hundred falls below is the threshold, so that of new pictures that are no copies
 one in a hundred is called one: the false alarm, 1 %. Data sets have the same creature twice, though, and such pairs
-would pull the threshold down until no copy is found. So copies are planted: training pictures, mirrored, turned,
-shifted and recoloured. What is nearer to another picture than nearly all planted copies are to theirs is a duplicate,
-and is left out of the threshold (and counted). The share of planted copies that are found is reported, as is the false
-alarm on pictures that were kept aside.
+would pull the threshold down until no copy is found. They are known by two things, and left out of the threshold (and
+counted): they are as near as copies that are planted (training pictures, mirrored, turned, shifted and recoloured), and
+much nearer than anything else, while among many pictures that are all alike, whatever is near one has others nearly as
+near. The share of planted copies that are found is reported, as is the false alarm on pictures that were kept aside.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ PLANTED = 200
 THUMBNAIL = 16  # side of the pictures in the coarse search
 DETAIL = 32  # side of the pictures in the fine one
 CANDIDATES = 8  # of the coarse search, for the fine one
-FINALISTS = 2  # of those, after two steps of it
+FINALISTS = 3  # of those, after two steps of it
+MUCH_NEARER = 0.6  # a duplicate is nearer than this share of the distance of the last finalist
 MOST_CALIBRATED = 1000  # training pictures to compare with the others
 POSES = [(mirror, angle, x / THUMBNAIL, y / THUMBNAIL) for mirror in (1.0, -1.0)
          for angle in (-14.0, -7.0, 0.0, 7.0, 14.0) for x in (-1, 0, 1) for y in (-1, 0, 1)]
@@ -48,12 +49,14 @@ class Nearest:
     """For each of N queries: the training picture that is nearest, the distance, and the pose it was found in.
 
     distance: [N], 0 ... 1; index: [N]; pose: [N, 4], what turns that picture into the query: 1, or -1 for mirrored;
-    then degrees counter-clockwise; then shifts to the right and down as shares of the side.
+    then degrees counter-clockwise; then shifts to the right and down as shares of the side. third: [N], the distance of
+    the third nearest picture.
     """
 
     distance: torch.Tensor
     index: torch.Tensor
     pose: torch.Tensor
+    third: torch.Tensor
 
 
 @dataclass
@@ -131,8 +134,8 @@ def _candidates(queries: torch.Tensor, pictures: torch.Tensor,
 
 
 def _refine(queries: torch.Tensor, pictures: torch.Tensor, index: torch.Tensor,
-            pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Better poses for each candidate, a step along each axis at a time; then the best candidate of each query."""
+            pose: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Better poses for each candidate, a step along each axis at a time; then what `Nearest` has of the best."""
 
     def likeness(pose: torch.Tensor) -> torch.Tensor:
         n, m = index.shape
@@ -153,9 +156,10 @@ def _refine(queries: torch.Tensor, pictures: torch.Tensor, index: torch.Tensor,
                 pose = torch.where(better[:, :, None], tried, pose)
                 best = torch.where(better, like, best)
         if step == 1 or step == len(STEPS) - 1:
-            best, kept = best.topk(min(FINALISTS if step == 1 else 1, best.shape[1]), dim=1)
+            best, kept = best.topk(min(FINALISTS, best.shape[1]), dim=1)
             index, pose = index.gather(1, kept), pose.gather(1, kept[:, :, None].expand(-1, -1, 4))
-    return (1 - best[:, 0].clamp(0, 1) ** 2).sqrt(), index[:, 0], pose[:, 0]
+    distance = (1 - best.clamp(0, 1) ** 2).sqrt()
+    return distance[:, 0], index[:, 0], pose[:, 0], distance[:, -1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -179,7 +183,7 @@ def calibrate(train: torch.Tensor, space: FeatureSpace, seed: int = 0) -> dict[s
     planted = plant(train[chosen[:PLANTED]], generator)
     own, again = nearest(train[chosen], train, chosen), nearest(planted, train)
     is_duplicate = torch.zeros(len(train), dtype=torch.bool)
-    pair = own.distance <= again.distance.quantile(0.95)
+    pair = (own.distance <= again.distance.quantile(0.95)) & (own.distance < MUCH_NEARER * own.third)
     is_duplicate[chosen[pair]] = is_duplicate[own.index[pair]] = True  # both, even if only one way round is it plain
     duplicate = is_duplicate[chosen]
     limits = {}

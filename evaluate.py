@@ -89,7 +89,10 @@ def main() -> None:
             print(f"{path}: {data.words}; on {describe(device)}, {precision}")
             runs.append(evaluate(path, content, data, args, device, precision))
             print(report.table(runs[-1]) + "\n")
-        write(sorted(runs, key=lambda run: run["epoch"]), data, args)
+            made = write(sorted(runs, key=lambda run: run["epoch"]), data, args)  # each time, lest a stop lose it all
+        for line in [made["epoch_to_keep"]] * bool(made["epoch_to_keep"]) + made["runs"][-1]["verdict"] + made["notes"]:
+            print(f"- {line}")
+        print(f"wrote {args.output}/report.html and report.json")
     except (ValueError, DataError, CheckpointError, OSError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
@@ -326,8 +329,8 @@ def of_share(found: torch.Tensor) -> dict:
 # writing
 
 
-def write(runs: list[dict], data: Data, args) -> None:
-    """report.json, report.html, closest_pairs.png, and the plots."""
+def write(runs: list[dict], data: Data, args) -> dict:
+    """report.json, whose content is returned, report.html, closest_pairs.png, and the plots."""
     folder, last, plots = args.output, runs[-1], {}
     samples, pairs = last["samples"], last.get("pairs")
     scale = max(1, 64 // samples.shape[-1])
@@ -360,9 +363,7 @@ def write(runs: list[dict], data: Data, args) -> None:
     made = dict(summary=summary, epoch_to_keep=report.epoch_to_keep(runs), notes=data.notes + last["notes"], runs=plain)
     (folder / "report.json").write_text(json.dumps(made, indent=1) + "\n")
     report.write_html(folder / "report.html", made, images, closest, plots)
-    for line in ([made["epoch_to_keep"]] if made["epoch_to_keep"] else []) + last["verdict"] + made["notes"]:
-        print(f"- {line}")
-    print(f"wrote {folder}/report.html and report.json")
+    return made
 
 
 def parse_flags():

@@ -300,8 +300,8 @@ img.plot { image-rendering: auto }
 """
 HOW_TO_READ = (
     "Below each figure: between which values it lies with 95 % confidence; where those of two figures overlap, they "
-    "can hardly be told apart. Real pictures: what the same measure says of real pictures in the samples' place; nobody "
-    "can honestly do better.")
+    "can hardly be told apart. Real pictures: what the same measure says of real pictures in the samples' place; "
+    "nobody can honestly do better.")
 HOW_TO_READ_PAIRS = (
     "On the left the sample, on the right the training picture nearest to it, mirrored and turned as it fits best; the "
     "nearest pair first. A red frame: called a copy. The distance is the share of the sample's contrast that the "

@@ -1,11 +1,12 @@
 """Finding copies: planted ones are found, however they are turned; creatures that are only alike are not."""
 
+import numpy as np
 import pytest
 import torch
 
 from augmentation import augment
 from copies import calibrate, feature_distance, nearest, plant, warp, wilson
-from critters import draw_critters
+from critters import draw_critter, draw_critters
 from features import FeatureSpace
 
 
@@ -71,6 +72,19 @@ def test_duplicates_in_the_data_do_not_hide_copies(train, limits):
     assert own.quantile(0.01) < 0.5 * limit.threshold
     planted = plant(train[12:112], torch.Generator().manual_seed(4))
     assert (nearest(planted, twice).distance <= limit.threshold).float().mean() > 0.93
+
+
+def test_pictures_that_are_all_alike_are_not_taken_for_duplicates():
+    """Small creatures of one type: some are as near to each other as a copy turned and recoloured is to its picture."""
+    drawn = [np.stack([draw_critter(i, 16, seed, ("fire",))[0] for i in range(count)])
+             for seed, count in ((0, 300), (1, 100))]
+    train, fresh = (torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() for pictures in drawn)
+    limit = calibrate(train, FeatureSpace(train))["pixels"]
+    own = nearest(train, train, torch.arange(300)).distance
+    planted = nearest(plant(train[:100], torch.Generator().manual_seed(1)), train).distance
+    assert (own <= planted.quantile(0.95)).float().mean() > 0.1  # nearness alone would not do
+    assert limit.duplicates <= 6
+    assert (nearest(fresh, train).distance <= limit.threshold).float().mean() <= 0.04
 
 
 def test_few_pictures_give_a_coarser_alarm_and_too_few_none(train):
