@@ -130,7 +130,7 @@ COMPARED = (
      "Samples look as much like real pictures as real ones do"),
     ("recall", "Samples are less varied than real pictures", "Samples are as varied as real pictures"),
     ("coverage", "Some kinds of real picture have no sample near them", ""),
-    ("wasserstein_fine", "Their finest details differ from those of real pictures (softer, or grainier)",
+    ("wasserstein_fine", "Their finest details are softer or grainier than those of real pictures",
      "Their finest details are those of real pictures"),
 )
 OVER_TIME = ("bits_train", "bits_held_out", "copies", "precision", "recall", "coverage", "wasserstein",
@@ -159,11 +159,16 @@ def table(run: dict) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
 
+def chance(run: dict) -> float:
+    """The share of copies to expect of honest samples: the false alarm, or what unseen pictures show beyond doubt."""
+    return max(run["copies"]["alarm"], run["figures"]["copies"].get("real", {}).get("low", 0.0))
+
+
 def verdict(run: dict) -> list[str]:
     """What the figures say, in sentences."""
     figures, lines = run["figures"], []
     if "copies" in figures:
-        copies, alarm = figures["copies"], run["copies"]["alarm"]
+        copies, alarm = figures["copies"], chance(run)
         count, n = round(copies["value"] * run["num_samples"]), run["num_samples"]
         counted = (f"{count:,} of {n:,} samples are called copies of training pictures; about {alarm * n:.0f} would be "
                    f"by mere chance.")
@@ -198,7 +203,7 @@ def epoch_to_keep(runs: Sequence[dict]) -> str:
     known = [run for run in runs if {"wasserstein", "copies"} <= run["figures"].keys()]
     if len(known) < 2:
         return ""
-    honest = [run for run in known if run["figures"]["copies"]["low"] <= run["copies"]["alarm"]]
+    honest = [run for run in known if run["figures"]["copies"]["low"] <= chance(run)]
     if not honest:
         return ("Every checkpoint copies more than chance explains: train for fewer epochs, augment more, or use more "
                 "pictures.")

@@ -170,6 +170,9 @@ def test_the_verdict_follows_the_figures():
     said = " ".join(report.verdict(honest))
     assert "does not copy: 12 of 1,000" in said and "Fewer samples look like real" in said and "glance: tilt in" in said
     assert "The model copies: 200 of 1,000" in " ".join(report.verdict(copying))
+    alike = copy.deepcopy(copying)  # unseen pictures are called copies as often: it is the test that errs
+    alike["figures"]["copies"]["real"] = dict(value=0.2, low=0.18, high=0.22)
+    assert "The model copies" not in " ".join(report.verdict(alike))
     few = copy.deepcopy(honest)
     few["figures"]["copies"] = dict(value=0, low=0, high=0.05)
     assert "No copying can be shown" in " ".join(report.verdict(few))
