@@ -52,7 +52,7 @@ class Config:
     image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network", most=4096)
     augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone", AUGMENT_MODES)
 
-    init: str = flag("", "checkpoint of such a network, whose averaged weights to start from instead of random ones")
+    init: str = flag("", "checkpoint of such a network, whose averaged weights to start from (default: random ones)")
     width: int = flag(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = flag((1, 2, 4, 8), "of the width, one a level")
     blocks: int = flag(2, "residual blocks a level")
