@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from devices import memory_format
 from forward_diffusion import PREDICTIONS, NoiseScheduler
 from unet import UNet, UNetConfig
 
@@ -113,7 +114,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} is incomplete or of another version of PokeDiff; choose another file") from error
     check_finite(path, model)
-    return model.to(device).eval(), scheduler, config
+    return model.to(device, memory_format=memory_format(torch.device(device))).eval(), scheduler, config
 
 
 def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler,

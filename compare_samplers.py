@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model
 from critters import TYPES, draw_critter, draw_critters
-from devices import describe, memory_format, pick_device, pick_precision
+from devices import describe, pick_device, pick_precision
 from distances import sliced_wasserstein
 from flags import Parser, natural, positive
 from labels import multi_hot
@@ -58,7 +58,6 @@ def main() -> None:
         device = pick_device(args.device)
         precision = pick_precision("auto", device)
         model, scheduler, config = load_model(args.checkpoint, device)
-        model.to(memory_format=memory_format(device))
         if config["types"] != TYPES:
             raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")

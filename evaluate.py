@@ -109,7 +109,6 @@ def evaluate(path: Path, content: dict | None, data: Data, args, device: torch.d
         samples = in_memory(ImageFolder(args.samples, data.train.shape[-1]), args.samples)
     if content:
         model, scheduler, config = load_model(path, device)
-        model.to(memory_format=memory_format(device))
         if not args.samples:
             samples = draw_samples(model, scheduler, config, data, args, device, precision, run)
         if args.num_likelihood:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, newest_checkpoint
 from dataset import decode_image, reason
-from devices import DEVICES, PRECISIONS, describe, memory_format, pick_device, pick_precision
+from devices import DEVICES, PRECISIONS, describe, pick_device, pick_precision
 from flags import Parser, finite, fraction, natural, positive, strength
 from forward_diffusion import NoiseScheduler
 from labels import multi_hot, parse_types
@@ -56,7 +56,6 @@ def main() -> None:
         precision = pick_precision(args.precision, device)
         checkpoint = args.checkpoint or newest_checkpoint()
         model, scheduler, config = load_model(checkpoint, device)
-        model.to(memory_format=memory_format(device))
         plan = make_plan(args, scheduler, config)
         sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
         settings = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps)

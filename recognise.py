@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model
 from critters import PALETTES, TYPES, draw_critters
-from devices import memory_format, pick_device, pick_precision
+from devices import pick_device, pick_precision
 from flags import Parser, finite, natural, positive
 from labels import multi_hot
 from pictures import to_pixels
@@ -104,7 +104,6 @@ def main() -> None:
         device = pick_device(args.device)
         precision = pick_precision("auto", device)
         model, scheduler, config = load_model(args.checkpoint, device)
-        model.to(memory_format=memory_format(device))
         if tuple(config["types"]) != TYPES:
             raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
