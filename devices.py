@@ -1,11 +1,14 @@
-"""Where the arithmetic runs, and in which precision: shared by training and sampling."""
+"""Where the arithmetic runs, in which precision, and how little stands in its way: shared by training and sampling."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
+COMPILE = ("auto", "on", "off")
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -48,7 +51,8 @@ def pick_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which convolutions and matrix products run in the `precision` that `pick_precision` gave."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=precision != "fp32")
+    # No cache of weights that were already converted: each is used once a pass, and a recorded pass must convert anew.
+    return torch.autocast(device.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
@@ -64,3 +68,57 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+class Recorded:
+    """A function of CUDA tensors that is recorded as a CUDA graph and then repeated by the GPU, without Python.
+
+    A small network's pass is hundreds of kernels of some microseconds each, which Python cannot launch as fast as the
+    GPU ends them. The function must be the same work each time: no wait for the GPU, no shape that depends on a value.
+    Its first calls run as usual, for libraries choose and load kernels then. What it returns is overwritten by the next
+    call. Inputs of other shapes than the recorded ones run as usual, and so does everything where recording fails,
+    which is said in one line.
+    """
+
+    ORDINARY_CALLS = 4
+
+    def __init__(self, function: Callable[..., torch.Tensor | None]):
+        self.function, self.calls, self.graph, self.side = function, 0, None, torch.cuda.Stream()
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | None:
+        self.calls += 1
+        if self.calls <= self.ORDINARY_CALLS:
+            return self._on_a_side_stream(*inputs)
+        if self.graph is None and self.calls == self.ORDINARY_CALLS + 1:
+            self._record(*inputs)
+        if self.graph is None or [x.shape for x in inputs] != [mine.shape for mine in self.inputs]:
+            return self.function(*inputs)
+        for mine, new in zip(self.inputs, inputs):
+            mine.copy_(new)
+        self.graph.replay()
+        return self.output
+
+    def _on_a_side_stream(self, *inputs: torch.Tensor) -> torch.Tensor | None:
+        """As recording will run: what autograd remembers of a stream must not be of the one in use outside."""
+        self.side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.side):
+            output = self.function(*inputs)
+        torch.cuda.current_stream().wait_stream(self.side)
+        return output
+
+    def _record(self, *inputs: torch.Tensor) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self.inputs = [x.clone() for x in inputs]
+        try:
+            # Only this thread is watched for calls that a graph cannot hold: the one that pins memory may go on.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.output = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            print(f"note: no CUDA graph of this ({first_line(error)}); it runs step by step")
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line without control characters, at most 200 characters of it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return "".join(filter(str.isprintable, lines[0]))[:200] if lines else type(error).__name__

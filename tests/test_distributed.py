@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import dataset
+import denoising
 import train
 from checkpoint import load_checkpoint
 from distributed import Processes
@@ -49,15 +50,15 @@ def test_a_process_that_dies_ends_the_other_and_one_alone_goes_on(losses):
     Path("die.py").write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import train
-draw, calls = train.draw_timesteps, []
+import denoising, train
+draw, calls = denoising.draw_timesteps, []
 def draw_or_die(*args):
     calls.append(args)
     if len(calls) == 12 and os.environ["RANK"] == "1":
         open("died", "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(*args)
-train.draw_timesteps = draw_or_die
+denoising.draw_timesteps = draw_or_die
 train.main()
 """)
     done = torchrun("die.py", *TWENTY_STEPS, "--save_every", "0")

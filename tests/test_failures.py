@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import checkpoint
+import denoising
 import runs
 import train
+import training
 from checkpoint import load_checkpoint
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 
@@ -47,7 +49,7 @@ def disk(monkeypatch):
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(trained, disk, monkeypatch, capsys):
     """The first save works, the next ones fail, and there is room again before the end."""
-    steps, draw = [], train.draw_timesteps
+    steps, draw = [], denoising.draw_timesteps
 
     def draw_and_fill(*args):
         steps.append(len(steps))
@@ -56,7 +58,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(trained, disk, monkeypatc
             assert load_checkpoint("checkpoints/latest.pt")["step"] == 2  # the old one is whole
         return draw(*args)
 
-    monkeypatch.setattr(train, "draw_timesteps", draw_and_fill)
+    monkeypatch.setattr(denoising, "draw_timesteps", draw_and_fill)
     assert call(train, *TINY, "--save_every", 0) == 0
     assert_same_run(load_checkpoint("checkpoints/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
     said = capsys.readouterr().err
@@ -67,7 +69,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(trained, disk, monkeypatc
 def test_a_failed_save_is_tried_again_after_a_minute_and_not_at_every_step(disk, monkeypatch):
     assert call(train, *TINY, "--epochs", 20).startswith("error: ")  # saves every 10 minutes
     assert disk["failed"] == 1
-    run = runs.Run(train.Config(save_every=10.0), [], train.COLUMNS, new=True)
+    run = runs.Run(train.Config(save_every=10.0), [], training.COLUMNS, new=True)
     now = time.monotonic()
     monkeypatch.setattr(runs.time, "monotonic", lambda: now)
     run.save("latest.pt", step=1)
@@ -117,13 +119,13 @@ def test_what_cannot_be_written_to_outputs_ends_no_training(trained, monkeypatch
 
 
 def test_outputs_that_somebody_removes_come_back(monkeypatch):
-    draw = train.draw_timesteps
+    draw = denoising.draw_timesteps
 
     def draw_and_remove(*args):
         shutil.rmtree("outputs")
         return draw(*args)
 
-    monkeypatch.setattr(train, "draw_timesteps", draw_and_remove)
+    monkeypatch.setattr(denoising, "draw_timesteps", draw_and_remove)
     assert call(train, *TINY, "--epochs", 2, "--batch_size", 8) == 0
     assert [row["epoch"] for row in metrics()] == ["1", "2"] and Path("outputs/generated_epoch_0002.png").exists()
 
@@ -174,14 +176,14 @@ def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
 
 
 def test_a_run_that_came_and_went_while_this_one_read_its_images_is_not_overwritten(monkeypatch, capsys):
-    load = train.load_images
+    load = training.load_images
 
     def load_while_another_trains(*args, **kwargs):
-        monkeypatch.setattr(train, "load_images", load)
+        monkeypatch.setattr(training, "load_images", load)
         assert call(train, *TINY, "--max_steps", 1) == 0
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(train, "load_images", load_while_another_trains)
+    monkeypatch.setattr(training, "load_images", load_while_another_trains)
     assert "--resume" in call(train, *TINY)
     assert load_checkpoint("checkpoints/latest.pt")["step"] == 1
 
@@ -192,10 +194,10 @@ def test_signals_to_all_processes_of_a_training_with_workers():
     Path("run.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import dataset, train
+import dataset, denoising, train
 dataset._default_memory_limit = lambda: 0
 if sys.argv.pop() == "hang":
-    train.draw_timesteps = lambda *args: (open("hangs", "w"), time.sleep(600))
+    denoising.draw_timesteps = lambda *args: (open("hangs", "w"), time.sleep(600))
 train.main()
 """)
     Path("mine").mkdir()
@@ -234,13 +236,13 @@ train.main()
 
 def spoil(monkeypatch, steps: set[int], value: float = float("nan")) -> None:
     """Make the loss of these steps something that is no number."""
-    weight, calls = train.NoiseScheduler.loss_weight, []
+    weight, calls = denoising.NoiseScheduler.loss_weight, []
 
     def loss_weight(*args):
         calls.append(args)
         return weight(*args) * (value if len(calls) - 1 in steps else 1)
 
-    monkeypatch.setattr(train.NoiseScheduler, "loss_weight", loss_weight)
+    monkeypatch.setattr(denoising.NoiseScheduler, "loss_weight", loss_weight)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -271,7 +273,7 @@ def test_a_run_of_bad_steps_stops_with_the_last_good_weights_kept(monkeypatch):
     before = Path("checkpoints/latest.pt").read_bytes()
     code = call(train, "--resume", "--epochs", 1000)
     assert code.startswith("error: no finite loss") and "--lr" in code and "float16" in code and "\n" not in code
-    assert len(metrics()) == 2 + train.MAX_SKIPPED / 2 - 1  # it stopped at the end of the epoch that had the last one
+    assert len(metrics()) == 2 + training.MAX_SKIPPED / 2 - 1  # it stopped at the end of the epoch that had the last one
     assert Path("checkpoints/latest.pt").read_bytes() == before
 
 

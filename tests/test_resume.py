@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import denoising
 import train
 from checkpoint import load_checkpoint
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
@@ -53,7 +54,7 @@ def test_a_run_can_be_made_longer(trained):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, capsys, number, code):
-    calls, draw = [], train.draw_timesteps
+    calls, draw = [], denoising.draw_timesteps
 
     def draw_and_interrupt(*args):
         calls.append(args)
@@ -61,7 +62,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, cap
             signal.raise_signal(number)
         return draw(*args)
 
-    monkeypatch.setattr(train, "draw_timesteps", draw_and_interrupt)
+    monkeypatch.setattr(denoising, "draw_timesteps", draw_and_interrupt)
     assert call(train, *TINY, "--run_name", "mine") == code
     assert "stopped at step 3 of 6" in capsys.readouterr().out
     assert call(train, "--resume", "--run_name", "mine") == 0

@@ -14,10 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+import denoising
 import generate
 import runs
 import train
+import training_step
 from checkpoint import load_checkpoint
+from forward_diffusion import NoiseScheduler
 from reverse_diffusion import sample_seeds
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, pictures
 from unet import UNetConfig
@@ -90,7 +93,7 @@ def test_the_average_follows_the_weights():
 @pytest.mark.parametrize("batch_size, num_timesteps", [(1, 10), (7, 10), (16, 1000), (50, 20)])
 def test_timesteps_are_uniform_and_spread_over_the_batch(batch_size, num_timesteps):
     generator, batches = torch.Generator().manual_seed(0), 10_000 // batch_size
-    t = torch.stack([train.draw_timesteps(batch_size, num_timesteps, generator) for _ in range(batches)])
+    t = torch.stack([denoising.draw_timesteps(batch_size, num_timesteps, generator) for _ in range(batches)])
     assert t.dtype == torch.int64 and t.min() == 0 and t.max() == num_timesteps - 1
     part = torch.arange(batch_size)
     assert (t >= part * num_timesteps // batch_size).all()
@@ -102,16 +105,16 @@ def test_timesteps_are_uniform_and_spread_over_the_batch(batch_size, num_timeste
 
 def test_timesteps_stay_in_range_when_float32_rounds_up(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
-    assert train.draw_timesteps(64, 1000, torch.Generator()).max() == 999
+    assert denoising.draw_timesteps(64, 1000, torch.Generator()).max() == 999
 
 
 def test_learning_rate():
     config = train.Config(lr=0.1, warmup_steps=4)
-    assert [train.learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(
+    assert [training_step.learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(
         [0.025, 0.05, 0.1, 0.1, 0.1])
     config = train.Config(lr=0.1, lr_schedule="cosine")
-    assert [train.learning_rate(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0])
-    assert 0 < train.learning_rate(config, 99, 100) < 1e-4
+    assert [training_step.learning_rate(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0])
+    assert 0 < training_step.learning_rate(config, 99, 100) < 1e-4
 
 
 def test_presets_and_flags(monkeypatch):
@@ -150,7 +153,7 @@ def test_without_the_pokemon_it_says_so_and_trains_on_critters(capsys):
 
 def test_a_grid_shows_the_same_noise_at_every_epoch():
     """Also for ddpm, which draws noise on the way, and for more images than go into one batch."""
-    zero, scheduler, cpu = (lambda x_t, t: 0 * x_t), train.NoiseScheduler(50), torch.device("cpu")
+    zero, scheduler, cpu = (lambda x_t, t: 0 * x_t), NoiseScheduler(50), torch.device("cpu")
     first, again = (sample_seeds(zero, scheduler, range(66), 16, cpu, "fp32", sampler="ddpm") for _ in range(2))
     assert first.shape == (66, 3, 16, 16) and first.equal(again)
     assert len({image.numpy().tobytes() for image in first}) == 66
