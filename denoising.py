@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from augmentation import augment
-from devices import autocast, memory_format
+from devices import autocast
 from forward_diffusion import NoiseScheduler
 
 
@@ -46,7 +46,7 @@ class Denoising:
         that the network also learns to answer without (Ho & Salimans 2022).
         """
         x_0, augmentation = augment(images, mode=self.augment, u=u)
-        x_t = self.scheduler.add_noise(x_0, t, noise).contiguous(memory_format=memory_format(self.device))
+        x_t = self.scheduler.add_noise(x_0, t, noise)
         with autocast(self.device, self.precision):
             output = network(x_t, t, types * told, augmentation=augmentation)
         target = self.scheduler.target(self.prediction, x_0, t, noise)

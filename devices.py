@@ -55,12 +55,15 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """The order of an image's numbers in memory that convolutions like best: channels last on a GPU.
+def memory_format(device: torch.device, to_train: int | None = None) -> torch.memory_format:
+    """The order of a network's and its images' numbers in memory that convolutions like best: mostly channels last.
 
-    On a CPU bfloat16 convolutions take either, and the group normalisations are faster on planes.
+    Where a CPU is to train a network of less than 64 channels (`to_train`, those of its first level), planes: its steps
+    are 10 % faster then. With the reference network's 64 they are 7 % slower, and forward passes alone about 10 % slower
+    with both.
     """
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    planes = device.type == "mps" or (device.type == "cpu" and to_train is not None and to_train < 64)
+    return torch.contiguous_format if planes else torch.channels_last
 
 
 def describe(device: torch.device) -> str:
