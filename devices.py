@@ -78,9 +78,8 @@ class Recorded:
 
     A small network's pass is hundreds of kernels of some microseconds each, which Python cannot launch as fast as the
     GPU ends them. The function must be the same work each time: no wait for the GPU, no shape that depends on a value.
-    Its first calls run as usual, for libraries choose and load kernels then. What it returns is overwritten by the next
-    call. Inputs of other shapes than the recorded ones run as usual, and so does everything where recording fails,
-    which is said in one line.
+    Its first calls run as usual, for libraries choose and load kernels then. Inputs of other shapes than the recorded
+    ones run as usual, and so does everything where recording fails, which is said in one line.
     """
 
     ORDINARY_CALLS = 4
@@ -99,7 +98,7 @@ class Recorded:
         for mine, new in zip(self.inputs, inputs):
             mine.copy_(new)
         self.graph.replay()
-        return self.output
+        return None if self.output is None else self.output.clone()  # the next call writes to the same place
 
     def _on_a_side_stream(self, *inputs: torch.Tensor) -> torch.Tensor | None:
         """As recording will run: what autograd remembers of a stream must not be of the one in use outside."""

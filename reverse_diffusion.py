@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 
-from devices import autocast, memory_format
+from devices import Recorded, autocast, memory_format
 from forward_diffusion import NoiseScheduler, seed_from
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
@@ -207,6 +207,7 @@ def sample_seeds(
     it was not checked.
 
     Args:
+        batch_size: images at a time; fewer where the memory of a GPU is too small for that.
         types: [len(seeds), K], as in `sample`.
         x_T: [len(seeds), 3, image_size, image_size], to begin with (noise between two noises, see `slerp`, or a noised
             picture, see `start` of `sample`); the seeds then make only the noise of the steps. None: each seed's noise.
@@ -229,12 +230,23 @@ def sample_seeds(
         with autocast(device, precision):
             return model(x_t.contiguous(memory_format=memory_format(device)), *others)[:n]
 
-    images = []
-    for i in range(0, len(seeds), batch_size):
+    if device.type == "cuda":
+        network = Recorded(network)
+    images, i = [], 0
+    while i < len(seeds):
         part = slice(i, i + batch_size)
         noise = seeded_noise(seeds[part], (3, image_size, image_size), device) if x_T is None else x_T[part].to(device)
         batch_types = None if types is None else types[part]
-        images.append(sample(network, scheduler, noise, seeds=seeds[part], types=batch_types, **options).float().cpu())
+        try:
+            drawn = sample(network, scheduler, noise, seeds=seeds[part], types=batch_types, **options)
+        except torch.OutOfMemoryError:
+            if len(noise) == 1:
+                raise
+            batch_size = len(noise) // 2  # the first pass needs as much as any, so nothing was drawn yet
+            print(f"note: too little memory for {len(noise)} images at a time; going on with {batch_size}")
+            continue
+        images.append(drawn.float().cpu())
+        i += batch_size
     return torch.cat(images)
 
 
