@@ -75,8 +75,9 @@ class TrainingConfig:
 
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
-    "epochs", "max_steps", "grad_accum", "sample_every", "num_samples", "sampler", "sample_steps", "guidance",
-    "milestone_every", "keep", "save_every", "workers", "device", "precision", "compile", "run_name",
+    "epochs", "max_steps", "grad_accum", "grad_checkpoint", "sample_every", "num_samples", "sampler", "sample_steps",
+    "guidance", "milestone_every", "milestones", "keep", "save_every", "workers", "device", "precision", "compile",
+    "run_name",
 }
 
 # What latest.pt holds beside the settings, so that a run can go on from it.

@@ -19,6 +19,7 @@ import generate
 import runs
 import train
 import training_step
+import unet
 from checkpoint import load_checkpoint
 from forward_diffusion import NoiseScheduler
 from reverse_diffusion import sample_seeds
@@ -128,6 +129,40 @@ def test_presets_and_flags(monkeypatch):
     assert (reference.timesteps, reference.schedule, reference.prediction) == (1000, "linear", "eps")
     assert (quick.data, quick.image_size, quick.width, quick.prediction) == ("critters", 32, 32, "v")
     assert changed == train.Config(**{**asdict(quick), "width": 64, "lr": 5e-4, "multipliers": (1, 4)})
+
+
+@pytest.mark.parametrize("flags, multipliers", [
+    (["--image_size", 128], (1, 1, 2, 4, 8)), (["--image_size", 256], (1, 1, 1, 2, 4, 8)),
+    (["--image_size", 96], (1, 2, 4, 8)), (["--image_size", 128, "--multipliers", 1, 2], (1, 2)),
+    (["--preset", "quick", "--image_size", 128], (1, 2, 2)),
+])
+def test_the_levels_follow_the_size_unless_they_are_given(flags, multipliers, monkeypatch):
+    configs = []
+    monkeypatch.setattr(train, "train", lambda config, checkpoint: configs.append(config))
+    assert call(train, *flags) == 0
+    assert configs[0].multipliers == multipliers
+
+
+def test_checkpoints_keep_the_levels_that_a_size_stood_for(monkeypatch):
+    """So that the run goes on with them whatever a later version thinks of that size."""
+    levels = TINY.index("--multipliers")
+    without = TINY[:levels] + TINY[levels + 3 :]
+    monkeypatch.setitem(unet.LEVELS, 16, (1, 2))
+    assert call(train, *without, "--max_steps", 1) == 0
+    monkeypatch.setitem(unet.LEVELS, 16, (1, 2, 4))
+    assert call(train, "--resume", "--max_steps", 2) == 0
+    content = load_checkpoint("checkpoints/latest.pt")
+    assert content["config"]["multipliers"] == content["unet"]["multipliers"] == (1, 2)
+
+
+def test_gradient_checkpointing_changes_nothing_and_may_be_turned_on_later():
+    flags = [*TINY, "--dropout", 0.3, "--grad_accum", 2]
+    assert call(train, *flags, "--run_name", "plain") == 0
+    assert call(train, *flags, "--max_steps", 3) == 0
+    assert call(train, "--resume", "--max_steps", 0, "--grad_checkpoint") == 0
+    content = load_checkpoint("checkpoints/latest.pt")
+    assert content["config"]["grad_checkpoint"]
+    assert_same_run(content, load_checkpoint("checkpoints/plain/latest.pt"))
 
 
 def test_help_has_every_setting_and_its_default(capsys):

@@ -5,9 +5,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 import unet
-from unet import Attention, ResBlock, UNet, UNetConfig, count_parameters, timestep_embedding
+from unet import (LEVELS, Attention, ResBlock, UNet, UNetConfig, count_parameters, default_multipliers,
+                  timestep_embedding)
 
 SMALL = dict(width=16, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
 
@@ -52,6 +55,26 @@ def test_the_command_prints_a_table_that_adds_up(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     counts = [int(line.split()[-1].replace(",", "")) for line in lines[1:]]
     assert lines[-1].endswith(" 54,195,523") and sum(counts[:-1]) == counts[-1]
+
+
+@pytest.mark.parametrize("size, parameters, gflop", [
+    (64, 54_195_523, 18.0), (128, 54_866_115, 34.6), (256, 55_536_707, 101.0),
+])
+def test_the_network_of_each_size_costs_what_the_table_says(size, parameters, gflop):
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = UNet(UNetConfig(multipliers=LEVELS[size]))
+        model(torch.zeros(1, 3, size, size), torch.zeros(1, dtype=torch.long))
+    assert count_parameters(model) == parameters
+    assert round(counter.get_total_flops() / 1e9, 1) == gflop
+    assert size // model.config.size_multiple == 8  # the deepest level
+
+
+def test_the_command_prints_the_network_of_a_size(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["unet.py", "--image_size", "256"])
+    unet.main()
+    said = capsys.readouterr().out
+    assert "down 1       256 x 256" in said and "middle           8 x 8" in said and said.endswith(" 55,536,707\n")
+    assert default_multipliers(32) == default_multipliers(96) == (1, 2, 4, 8)
 
 
 @pytest.mark.parametrize("flags", [["--width", "33"], ["--image_size", "30"], ["--multipliers", "0"]])
@@ -146,6 +169,27 @@ def test_dropout_acts_in_training_alone():
     assert model(x, t).equal(model(x, t))
     model.train()
     assert not model(x, t).equal(model(x, t))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_checkpointing_gives_the_same_gradients_for_less_memory(dropout):
+    model = randomised(UNet(UNetConfig(**SMALL, dropout=dropout, num_types=2))).train()
+    x, t, types = noise(4, 3, 16, 16), torch.tensor([3, 40, 500, 900]), torch.eye(2)[[0, 1, 0, 1]]
+    results, kept = [], []
+    for model.grad_checkpoint in (False, True):
+        tensors = []  # held, so that no two of them have one address
+        torch.manual_seed(0)  # of the dropout
+        with saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor):
+            answer = model(x, t, types, augmentation=noise(4, 5))
+        model.zero_grad()
+        answer.square().mean().backward()
+        results.append([answer, *(p.grad for p in model.parameters())])
+        storages = {y.untyped_storage().data_ptr(): y.untyped_storage().nbytes() for y in tensors}
+        kept.append(sum(storages.values()))
+    assert all(ours.equal(theirs) for ours, theirs in zip(*results))
+    assert kept[1] < kept[0] / 3
+    with torch.no_grad():  # a network that samples is not slowed down, nor disturbed
+        assert model.eval()(x, t).equal(model(x, t))
 
 
 def test_every_parameter_gets_a_gradient():
