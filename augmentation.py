@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 AUGMENT_DIM = 5  # what the network is told: angle, brightness, contrast, saturation, hue
-AUGMENT_MODES = ("full", "flip", "none")
+AUGMENT_MODES = ("full", "flip", "none", "untold")
 MAX_ANGLE = math.radians(15)
 
 
@@ -28,6 +28,9 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
     Non-leaking augmentation (Karras et al. 2022, "EDM", appendix F.2): the network is told in `told` what was done,
     (angle / 15 degrees counter-clockwise, brightness, contrast, saturation, hue), zeros where nothing was, and zeros
     when sampling: so samples are neither tilted nor tinted. A mirror image is not told: it is as good as the original.
+
+    "untold" is "full" without that: the network is told nothing, and learns that creatures lean and change their tint.
+    It is there to be compared with.
 
     Every call draws B x 8 numbers from `generator`, whatever the mode, on the generator's device (else the images'); or
     they are given as `u`, uniform in [0, 1), where the images are part of a larger batch.
@@ -45,11 +48,11 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
     if mode != "none":
         images = torch.where(flipped, images.flip(-1), images)
     x = images.float() / 255
-    if mode == "full":
+    if mode in ("full", "untold"):
         told = amount * torch.cat([coin[:, 1:2], coin[:, 2:].expand(-1, 4)], dim=1)
         x = torch.where(rotated, _rotate(x, amount[:, 0] * MAX_ANGLE), x)
         x = torch.where(jittered, _jitter(x, amount[:, 1:]), x)
-    return 2 * x - 1, told
+    return 2 * x - 1, torch.zeros_like(told) if mode == "untold" else told
 
 
 def _rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from augmentation import augment
 from dataset import load_images, make_loader
 from denoising import Denoising
-from devices import DEVICES, PRECISIONS, describe, memory_format, pick_device, pick_precision
+from devices import DEVICES, PRECISIONS, describe, memory_format, peak_memory, pick_device, pick_precision
 from distributed import Processes
 from flags import Parser, positive
 from forward_diffusion import NoiseScheduler
@@ -59,7 +59,8 @@ def main() -> None:
         if args.image_size % unet.size_multiple:
             raise ValueError(f"--image_size must be a multiple of {unet.size_multiple}, not {args.image_size}")
         if args.memory_of:  # the part of the benchmark that runs in a process of its own
-            print(json.dumps(peak_memory(CONTENDERS[args.memory_of](unet, args, device, precision), device)))
+            CONTENDERS[args.memory_of](unet, args, device, precision)(3)
+            print(peak_memory())
             return
         args.output.parent.mkdir(parents=True, exist_ok=True)
         if args.profile:
@@ -274,21 +275,11 @@ def flops_of_step(contender: Contender, args: argparse.Namespace) -> tuple[float
 
 
 def memory_in_own_process(name: str) -> int:
-    """Peak memory, in bytes, of some steps of a contender, which nothing else shares."""
+    """Peak memory, in bytes, of three steps of a contender, which nothing else shares."""
     done = subprocess.run([sys.executable, *sys.argv, "--memory_of", name], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"the memory of {name} could not be measured: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def peak_memory(contender: Contender, device: torch.device) -> int:
-    """Of three steps, in bytes: on a GPU what PyTorch took there, else all that the process took, Python included."""
-    contender(3)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(done.stdout.splitlines()[-1])
 
 
 class Enough(Exception):

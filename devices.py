@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -64,6 +65,18 @@ def memory_format(device: torch.device, to_train: int | None = None) -> torch.me
     """
     planes = device.type == "mps" or (device.type == "cpu" and to_train is not None and to_train < 64)
     return torch.contiguous_format if planes else torch.channels_last
+
+
+def peak_memory() -> int:
+    """The most memory that this process has had at a time, in bytes: that of its tensors on the GPU where it uses CUDA,
+    else all of its own; 0 where the system does not tell (Windows)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(device: torch.device) -> str:

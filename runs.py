@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import errno
+import json
 import math
 import os
 import re
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from dataset import DataError, printable
+from devices import peak_memory
 from distributed import Processes
 from flags import Parser
 
@@ -200,7 +202,7 @@ class Run:
     def __init__(self, config: Any, history: list[dict], columns: Sequence[str], new: bool, writes: bool = True):
         self.outputs, self.checkpoints = (run_folder(top, config.run_name) for top in ("outputs", "checkpoints"))
         self.history, self.columns, self.writes = history, list(columns), writes
-        self.save_seconds = 60 * config.save_every
+        self.batch_size, self.save_seconds = config.batch_size, 60 * config.save_every
         self.failing: set[Path] = set()  # what could not be written the last time
         if writes:
             for folder in (self.outputs, self.checkpoints):
@@ -209,6 +211,11 @@ class Run:
             if new:
                 refuse_to_overwrite(self.checkpoints)  # again: another run may have come and gone while we read images
             self.write("metrics.csv", self._write_metrics)
+        self.began, self.spent, self.peak = time.monotonic(), 0.0, 0
+        if not new:
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # then the count starts anew
+                cost = json.loads((self.outputs / "cost.json").read_text())
+                self.spent, self.peak = float(cost["seconds"]), int(cost["peak_memory"])
         self.stop = StopOnSignal()
         self.next_save = time.monotonic() + self.save_seconds
 
@@ -220,6 +227,8 @@ class Run:
         """Write a checkpoint; False if that failed, which is said, and is no reason to stop. See save_checkpoint."""
         path = self.checkpoints / name
         saved = self._try(path, lambda: save_checkpoint(path, **content))
+        if saved and name in ("latest.pt", "final_model.pt"):
+            self.write("cost.json", lambda path: self._write_cost(path, content["step"]))
         if name == "latest.pt":
             self.next_save = time.monotonic() + (self.save_seconds if saved else min(RETRY_SECONDS, self.save_seconds))
         return saved
@@ -279,6 +288,13 @@ class Run:
     def _append_metrics(self, path: Path) -> None:
         with path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(self.history[-1])
+
+    def _write_cost(self, path: Path, step: int) -> None:
+        """What the run has taken up to this step, grids and saves included: seconds of all of its sessions, images, and
+        the largest peak of memory in bytes, of the GPU's where there is one."""
+        cost = dict(seconds=round(self.spent + time.monotonic() - self.began, 1), images=step * self.batch_size,
+                    peak_memory=max(self.peak, peak_memory()))
+        path.write_text(json.dumps(cost) + "\n")
 
     def draw_loss(self, path: Path) -> None:
         """The loss of each epoch as a curve, on logarithmic axes, where a steady improvement is a straight line."""

@@ -42,7 +42,8 @@ class TrainingConfig:
     holdout: float = flag(0.0, "share of the images kept aside from training, for evaluate.py; 0 to below 1",
                           least=0, below=1)
     image_size: int = flag(64, "side of the images, in pixels; a multiple of 8 for the reference network", most=4096)
-    augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone", AUGMENT_MODES)
+    augment: str = flag("full", "full: flips, rotations to 15 degrees, colour jitter; flip: flips alone; untold: full, "
+                                "but the network is not told of it", AUGMENT_MODES)
 
     epochs: int = flag(2000, "passes over the data", above=0)
     max_steps: int = flag(0, "stop after so many steps, 0: never", least=0)
@@ -60,6 +61,8 @@ class TrainingConfig:
     sample_every: int = flag(10, "epochs between sample grids and updates of the loss curve", above=0)
     num_samples: int = flag(16, "images in a sample grid", above=0)
     milestone_every: int = flag(100, "epochs between checkpoints that are kept, epoch_0100.pt and so on", above=0)
+    milestones: tuple[int, ...] = flag((), "more epochs whose checkpoint is kept and whose grid is drawn, as 1 30 "
+                                           "(default: none)")
     keep: int = flag(0, "how many of those to keep, the newest ones; 0: all", least=0)
     save_every: float = flag(10.0, "minutes between saves of checkpoints/latest.pt", least=0)
 
@@ -188,8 +191,9 @@ class Training:
                         fingerprint=self.fingerprint)
 
         def show_progress() -> None:
-            if step == last_step or (step % steps_per_epoch == 0
-                                     and step // steps_per_epoch % config.sample_every == 0):
+            epoch, in_epoch = divmod(step, steps_per_epoch)
+            due = in_epoch == 0 and (epoch % config.sample_every == 0 or epoch in config.milestones)
+            if step == last_step or due:
                 run.write("loss.png", run.draw_loss)
                 run.write(grid_name(), lambda path: task.picture(make_step.average, path))
 
@@ -252,7 +256,7 @@ class Training:
                 run.log(dict(epoch=epoch, step=step, loss=mean, lr=learning_rate(config, step - 1, total_steps),
                              skipped=int(skipped)))
                 tally[:2] = reported = 0
-                if epoch % config.milestone_every == 0 and step < total_steps:
+                if (epoch % config.milestone_every == 0 or epoch in config.milestones) and step < total_steps:
                     save(f"epoch_{epoch:04d}.pt")
                     run.keep_milestones(config.keep)
             if save_now:

@@ -104,6 +104,12 @@ def test_flip_and_none(mode):
     assert torch.equal(((x_0 + 1) * 127.5).round().to(torch.uint8)[same], images[same])  # [-1, 1] is [0, 255]
 
 
+def test_untold_is_full_without_a_word():
+    images = noise(64)
+    (full, told), (x_0, nothing) = (augment(images, generator(), mode) for mode in ("full", "untold"))
+    assert x_0.equal(full) and told.any() and nothing.shape == told.shape and not nothing.any()
+
+
 def test_the_result_is_finite_and_within_range():
     """Black on nearly white: rounding in the rotation must not hand the gamma curve a number below zero."""
     images = on_white(256) - (on_white(256) == 255).to(torch.uint8)  # 254, as JPEG has it

@@ -3,6 +3,7 @@
 Most tests call main() in this process, since a new one takes seconds to import torch. A few start the real command.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
     monkeypatch.chdir(trained)
     grids = [f"generated_epoch_000{i}.png" for i in (1, 2, 3)]
-    assert sorted(os.listdir("outputs")) == [*grids, "loss.png", "metrics.csv"]
+    assert sorted(os.listdir("outputs")) == ["cost.json", *grids, "loss.png", "metrics.csv"]
     assert sorted(os.listdir("checkpoints")) == [".lock", "epoch_0002.pt", "final_model.pt", "latest.pt"]
     assert Image.open("outputs/generated_epoch_0003.png").size == (2 * 16 + 3 * 2, 2 * 16 + 3 * 2)
     assert Image.open("outputs/loss.png").size[0] > 400
@@ -197,6 +198,27 @@ def test_a_grid_shows_the_same_noise_at_every_epoch():
 def test_the_reference_network_refuses_sizes_that_it_cannot_halve(capsys):
     code = call(train, "--data", "critters", "--image_size", 30, "--device", "cpu")
     assert_one_line(code, capsys, "multiple of 8", "30")
+
+
+def test_named_epochs_are_kept_and_drawn():
+    assert call(train, *TINY, "--milestones", 1, 3, "--milestone_every", 2, "--sample_every", 9) == 0
+    assert sorted(path.name for path in Path("checkpoints").glob("*.pt")) == [
+        "epoch_0001.pt", "epoch_0002.pt", "final_model.pt", "latest.pt"]  # the third is the final model
+    assert [path.name for path in sorted(Path("outputs").glob("generated*"))] == [
+        "generated_epoch_0001.png", "generated_epoch_0003.png"]
+
+
+def test_a_run_says_what_it_has_cost_and_a_resumed_one_adds_to_it():
+    assert call(train, *TINY, "--max_steps", 3) == 0
+    first = json.loads(Path("outputs/cost.json").read_text())
+    assert first["images"] == 12 and first["seconds"] > 0 and first["peak_memory"] > 50_000_000  # PyTorch alone
+    Path("outputs/cost.json").write_text(json.dumps({**first, "seconds": 5000, "peak_memory": 10**15}))
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    both = json.loads(Path("outputs/cost.json").read_text())
+    assert both["images"] == 24 and 5000 < both["seconds"] < 5600 and both["peak_memory"] == 10**15
+    Path("outputs/cost.json").write_text("no longer JSON")
+    assert call(train, "--resume", "--epochs", 4) == 0
+    assert json.loads(Path("outputs/cost.json").read_text())["images"] == 32
 
 
 def test_the_average_keeps_no_graph(monkeypatch):
