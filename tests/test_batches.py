@@ -91,3 +91,19 @@ def test_wrong_lengths_are_refused(network, wrong, message):
     with pytest.raises(ValueError) as error:
         draw(network, SEEDS[:3], **wrong)
     assert str(error.value) == message
+
+
+def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(network, capsys):
+    class Cramped(torch.nn.Module):
+        def forward(self, x_t, t, *types):
+            if len(x_t) > 16:  # with what they are padded to
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return network(x_t, t, *types)
+
+    seeds = SEEDS[:50]
+    assert draw(Cramped(), seeds, batch_size=50).equal(draw(network, seeds, batch_size=50))
+    said = capsys.readouterr().out
+    assert "50 images at a time; going on with 25" in said and "25 images at a time; going on with 12" in said
+    Cramped.forward = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(Cramped(), seeds)
