@@ -117,7 +117,7 @@ class Ours(Contender):
     def __init__(self, unet, args, device, precision):
         super().__init__(unet, args, device, precision)
         self.precision = precision
-        self.model.to(memory_format=memory_format(device, args.width))
+        self.model.to(memory_format=memory_format(device, training=True))
         denoising = Denoising(self.scheduler, args.image_size, device, precision)
         config = SimpleNamespace(batch_size=args.batch_size, grad_accum=1, lr=1e-4, lr_schedule="constant", seed=0,
                                  warmup_steps=0, clip_grad=1.0, ema_decay=0.9999, image_size=args.image_size)

@@ -56,14 +56,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=precision != "fp32", cache_enabled=False)
 
 
-def memory_format(device: torch.device, to_train: int | None = None) -> torch.memory_format:
-    """The order of a network's and its images' numbers in memory that convolutions like best: mostly channels last.
+def memory_format(device: torch.device, training: bool = False) -> torch.memory_format:
+    """The order of a network's and its images' numbers in memory that suits the device: mostly channels last.
 
-    Where a CPU is to train a network of less than 64 channels (`to_train`, those of its first level), planes: its steps
-    are 10 % faster then. With the reference network's 64 they are 7 % slower, and forward passes alone about 10 % slower
-    with both.
+    A CPU trains on planes: with channels last its convolutions gain 10 %, but the backward pass of the group
+    normalisation takes six times as long. Forward passes alone are 10 % faster with channels last.
     """
-    planes = device.type == "mps" or (device.type == "cpu" and to_train is not None and to_train < 64)
+    planes = device.type == "mps" or (device.type == "cpu" and training)
     return torch.contiguous_format if planes else torch.channels_last
 
 

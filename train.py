@@ -95,7 +95,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     unet_config.num_types = len(types)
 
     torch.manual_seed(seed_from(config.seed, stream="weights"))
-    model = UNet(unet_config).to(device, memory_format=memory_format(device, config.width))
+    model = UNet(unet_config).to(device, memory_format=memory_format(device, training=True))
     if config.init and checkpoint is None:
         start, _, its_config = load_model(config.init, device)
         if (start.config, its_config["types"], its_config["prediction"]) != (unet_config, types, config.prediction):
