@@ -1,14 +1,14 @@
 """How fast does it train and draw on this machine, how much memory does it take, and against what?
 
     python benchmark.py                                        # the reference network, 16 images of 64 x 64 a step
-    python benchmark.py --width 32 --multipliers 1 2 2 --blocks 1 --groups 8 --image_size 32     # that of --preset quick
+    python benchmark.py --width 32 --multipliers 1 2 2 --blocks 1 --groups 8 --image_size 32   # that of --preset quick
     python benchmark.py --compile                              # also with torch.compile
     python benchmark.py --against                              # also other trainers, where they are installed
     python benchmark.py --profile                              # where the time of a step goes, and its floor
 
-Everything is compared with a plain loop: the same network in float32, as one writes it first. All take turns in one run,
-because machines do not run at one speed; a figure is the median of the rounds, with the smallest and the largest. The
-table goes to the screen, and with all that was measured to outputs/benchmark.json. Leave the machine alone meanwhile.
+Everything is compared with a plain loop: the same network in float32, as one writes it first. All take turns in one
+run, because machines do not run at one speed; a figure is the median of the rounds, with the smallest and the largest.
+The table goes to the screen, all that was measured to outputs/benchmark.json. Leave the machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class Plain(Contender):
 
 
 class Diffusers(Plain):
-    """diffusers' UNet2DModel with the blocks of ours; float32, as its script train_unconditional.py runs without flags."""
+    """diffusers' UNet2DModel with the blocks of ours; float32, as its train_unconditional.py runs without flags."""
 
     def build(self, unet):
         from diffusers import UNet2DModel
@@ -216,15 +216,15 @@ def compare(unet: UNetConfig, args: argparse.Namespace, device: torch.device, pr
             names.append(package)
         except ImportError:
             print(f"{package} is not installed and is left out; to compare with it: {command}")
-    report = dict(device=describe(device), processor=platform.processor() or platform.machine(), torch=torch.__version__,
-                  unet=vars(unet), image_size=args.image_size, batch_size=args.batch_size, rounds=args.rounds)
+    report = dict(device=describe(device), processor=platform.processor() or platform.machine(),
+                  torch=torch.__version__, unet=vars(unet), image_size=args.image_size, batch_size=args.batch_size, rounds=args.rounds)
     # First of all, since on Linux a process that is started counts the memory of the one that started it as its own.
     memory = {name: memory_in_own_process(name) for name in names}
     rates = {name: machine_rates(device, name) for name in dict.fromkeys((precision, "fp32"))}
     report["machine"] = {name: dict(flops=rate.flops, bytes=rate.bytes) for name, rate in rates.items()}
     for name, rate in rates.items():
-        print(f"machine    {rate.flops / 1e12:.2f} TFLOP/s in a {name} matrix product, {rate.bytes / 1e9:.0f} GB/s in a "
-              f"copy")
+        print(f"machine    {rate.flops / 1e12:.2f} TFLOP/s in a {name} matrix product, {rate.bytes / 1e9:.0f} GB/s in "
+              f"a copy")
 
     contenders = {name: CONTENDERS[name](unet, args, device, precision) for name in names}
     trainings = report["training"] = measure_training(contenders, rates, args)
@@ -334,8 +334,8 @@ def spread(figures: dict) -> str:
 
 
 def training_table(results: dict[str, dict]) -> str:
-    lines = ["| training | images/s | times plain | GFLOP an image, forward | of the matrix rate | waiting for images | "
-             "peak memory |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    lines = ["| training | images/s | times plain | GFLOP an image, forward | of the matrix rate | waiting for images "
+             "| peak memory |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for name, figures in results.items():
         compiled = f", after {figures['compile_seconds']:.0f} s" if "compile_seconds" in figures else ""
         lines.append(f"| {name}, {figures['precision']}{compiled} | {spread(figures)} | {figures['times_plain']:.2f} | "
@@ -388,8 +388,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seconds", type=positive, default=3, help="then it goes on to its end, or for so long "
                         "(default: 3)")
     parser.add_argument("--compile", action="store_true", help="also measure training with torch.compile")
-    parser.add_argument("--against", action="store_true", help="also measure the training of denoising-diffusion-pytorch "
-                        "and diffusers, where installed")
+    parser.add_argument("--against", action="store_true", help="also measure the training of "
+                        "denoising-diffusion-pytorch and diffusers, where installed")
     parser.add_argument("--profile", action="store_true", help="instead: where the time of a training step goes")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"), help="all that was measured "
                         "(default: outputs/benchmark.json)")

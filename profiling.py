@@ -4,9 +4,9 @@
     for row in profile(step, device, rates):      # step() does the work, once a call
         print(row)
 
-The floor of a kind of operation is the larger of two times: its arithmetic at the rate of a large matrix product, and the
-bytes that its operations read and write at the rate of a large copy, both measured here. Operations that are merged
-into one read and write less than that: a kind can go below its floor only by not being done separately.
+The floor of a kind of operation is the larger of two times: its arithmetic at the rate of a large matrix product, and
+the bytes that its operations read and write at the rate of a large copy, both measured here. Data that are still in a
+cache, or operations merged into one, can go below it.
 """
 
 from __future__ import annotations

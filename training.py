@@ -3,8 +3,8 @@
     training = Training(config, checkpoint)           # the device, and the images
     training.run(Task(model, draw, loss, picture))    # see training_step.py, which has the step itself
 
-`config` is a `TrainingConfig`, with the settings that every training has; `checkpoint` is the latest.pt to go on from, or
-None (`runs.find_run`). train.py teaches a network to denoise in this way.
+`config` is a `TrainingConfig`, with the settings that every training has; `checkpoint` is the latest.pt to go on from,
+or None (`runs.find_run`). train.py teaches a network to denoise in this way.
 """
 
 from __future__ import annotations
@@ -287,8 +287,8 @@ class Training:
 def compiling_pays(seconds_left: float, device: torch.device) -> bool:
     """Is a run of so many more seconds so long that compiling saves twice the time that it takes?
 
-    On two cores of a CPU compiling the reference network took 100 to 130 s and made its steps 7 % faster (the README has
-    the command). For CUDA both numbers are guesses.
+    On two cores of a CPU compiling the reference network took 100 to 130 s and made its steps about 7 % faster
+    (`benchmark.py --compile`). For CUDA both numbers are guesses.
     """
     takes, saves = 120, {"cpu": 0.07, "cuda": 0.2}
     return seconds_left * saves.get(device.type, 0.0) > 2 * takes

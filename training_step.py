@@ -1,4 +1,4 @@
-"""One step of training, made fast: loss, gradient, Adam, moving average, with nothing between the arithmetic and the machine.
+"""One step of training, made fast: loss, gradient, Adam, moving average, and nothing that waits for the machine.
 
     step = TrainingStep(task, config, device, precision, Processes())
     step(images, types, number)         # step `number` of the run, counted from 0
@@ -60,8 +60,8 @@ class TrainingStep:
     Attributes:
         model, average: the network and its average, which is what pictures are drawn with.
         tally: float32 [4] on the device: the sum of the losses, the steps that were skipped because their loss or
-            gradient was not finite, those skipped in a row until now, and the last loss. Set its first two to 0 to begin
-            anew.
+            gradient was not finite, those skipped in a row until now, and the last loss. Set the first two to 0 to
+            begin anew.
     """
 
     def __init__(self, task: Task, config: Any, device: torch.device, precision: str, processes: Processes,
