@@ -54,6 +54,8 @@ def main() -> None:
     try:
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
+        args.steps = args.steps or (100 if device.type == "cuda" else 1)
+        args.warmup = args.warmup or (20 if device.type == "cuda" else 2)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         unet = UNetConfig(width=args.width, multipliers=args.multipliers, blocks=args.blocks, groups=args.groups)
         if args.image_size % unet.size_multiple:
@@ -217,7 +219,8 @@ def compare(unet: UNetConfig, args: argparse.Namespace, device: torch.device, pr
         except ImportError:
             print(f"{package} is not installed and is left out; to compare with it: {command}")
     report = dict(device=describe(device), processor=platform.processor() or platform.machine(),
-                  torch=torch.__version__, unet=vars(unet), image_size=args.image_size, batch_size=args.batch_size, rounds=args.rounds)
+                  torch=torch.__version__, unet=vars(unet), image_size=args.image_size, batch_size=args.batch_size,
+                  rounds=args.rounds, steps=args.steps)
     # First of all, since on Linux a process that is started counts the memory of the one that started it as its own.
     memory = {name: memory_in_own_process(name) for name in names}
     rates = {name: machine_rates(device, name) for name in dict.fromkeys((precision, "fp32"))}
@@ -380,9 +383,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=positive, default=16, help="images a training step (default: 16)")
     parser.add_argument("--num_images", type=positive, default=16, help="images drawn at a time (default: 16)")
     parser.add_argument("--rounds", type=positive, default=5, help="in each of which all take their turn (default: 5)")
-    parser.add_argument("--warmup", type=positive, default=6, help="training steps before the first (default: 6)")
-    parser.add_argument("--steps", type=positive, default=2, help="training steps a turn; some hundred for a GPU "
-                        "(default: 2)")
+    parser.add_argument("--steps", type=positive, help="training steps a turn (default: 1; on a GPU 100)")
+    parser.add_argument("--warmup", type=positive, help="training steps before the first turn (default: 2; on a GPU 20)")
     parser.add_argument("--passes", type=positive, default=2, help="network passes to time at least, each time a "
                         "sampler is measured (default: 2)")
     parser.add_argument("--seconds", type=positive, default=3, help="then it goes on to its end, or for so long "
