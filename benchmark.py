@@ -384,7 +384,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--num_images", type=positive, default=16, help="images drawn at a time (default: 16)")
     parser.add_argument("--rounds", type=positive, default=5, help="in each of which all take their turn (default: 5)")
     parser.add_argument("--steps", type=positive, help="training steps a turn (default: 1; on a GPU 100)")
-    parser.add_argument("--warmup", type=positive, help="training steps before the first turn (default: 2; on a GPU 20)")
+    parser.add_argument("--warmup", type=positive, help="training steps before the first turn (default: 2; on a GPU "
+                        "20)")
     parser.add_argument("--passes", type=positive, default=2, help="network passes to time at least, each time a "
                         "sampler is measured (default: 2)")
     parser.add_argument("--seconds", type=positive, default=3, help="then it goes on to its end, or for so long "
