@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,6 +71,7 @@ class TrainingStep:
         self.model, self.draw, self.loss = task.model, task.draw, task.loss
         self.average = copy.deepcopy(task.model).eval().requires_grad_(False)
         on_gpu = device.type == "cuda"
+        warnings.filterwarnings("ignore", message=".*capturable=True.*")  # of steps that are made before the recording
         # On a GPU the rate is a number in its memory, which a recorded step reads anew each time.
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=torch.tensor(config.lr, device=device) if on_gpu else config.lr,
