@@ -23,7 +23,7 @@ from pathlib import Path
 from dataset import DataError, image_names
 from flags import Parser, positive
 from labels import LabelError, find_labels
-from results import GRID, SAMPLERS, write_results
+from results import GRID, SAMPLERS, stages, write_results
 from runs import milestones, run_folder
 
 HERE = Path(__file__).resolve().parent
@@ -48,8 +48,6 @@ ABLATIONS = {
 HOLDOUT = "--holdout 0.1"
 GROUPS = {"holdout": ("reference_holdout", "improved_holdout"), "ablations": tuple(ABLATIONS)}
 KINDS = ("train", "sample", "evaluate")
-# Of the last epoch, when checkpoints are kept and measured, and the first epoch as well: 1, 100, 300, 500, 1000, 2000.
-STAGES = (0.05, 0.15, 0.25, 0.5, 1)
 
 SETTINGS = dict(data="data/pokemon_jpg", labels="auto", epochs=2000, ablation_epochs=300, num_samples=1000,
                 sample_steps=100, train="")
@@ -115,11 +113,6 @@ def settle(args) -> dict:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(settings, indent=1) + "\n")
     return settings
-
-
-def stages(epochs: int) -> list[int]:
-    """The epochs whose checkpoints are measured, the last one among them."""
-    return sorted({1, *(max(1, round(share * epochs)) for share in STAGES)})
 
 
 def plan(name: str, settings: dict) -> list[Job]:

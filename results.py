@@ -22,6 +22,7 @@ from report import MEANINGS, shown
 from runs import run_folder
 
 GRID = 64  # pictures in a sample grid, eight in a row
+STAGES = (0.05, 0.15, 0.25, 0.5, 1)  # of the epochs, when checkpoints are kept and measured; and the first epoch
 SAMPLERS = ("ddpm", "ddim", "dpm++")  # in the order of the table
 FIGURES = ("bits_train", "bits_held_out", "bits_gap", "copies", "precision", "recall", "coverage", "wasserstein",
            "wasserstein_fine")
@@ -45,6 +46,11 @@ LONG = tuple(ABOUT)[:4]
 SHORT = tuple(ABOUT)[4:]
 
 
+def stages(epochs: int) -> list[int]:
+    """The epochs at which a long training is looked at, the last among them: of 2000, 1, 100, 300, 500, 1000, 2000."""
+    return sorted({1, *(max(1, round(share * epochs)) for share in STAGES)})
+
+
 def write_results(name: str) -> Path:
     """Read what a study has left so far, draw its pictures, write results.json and results.md; the latter's path."""
     folder = run_folder("outputs", name)
@@ -54,7 +60,7 @@ def write_results(name: str) -> Path:
         for sampler, of in result["samples"].items():
             of["seconds"] = done.get(f"sample {run} {sampler}")
         if run in LONG:
-            draw_pictures(folder / run)
+            draw_pictures(folder / run, stages(settings.get("epochs", 0)))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(dict(settings=settings, runs=results), indent=1) + "\n")
     path = folder / "results.md"
@@ -190,13 +196,11 @@ def claims(settings: dict, results: dict[str, dict]) -> str:
 # pictures
 
 
-def draw_pictures(folder: Path) -> None:
-    """stages.png, a row a checkpoint, and training.gif, from the sample grids of a run: all from the same noise."""
+def draw_pictures(folder: Path, epochs: list[int]) -> None:
+    """stages.png, a row for each of these epochs, and training.gif, from a run's sample grids, all of one noise."""
     grids = {int(re.fullmatch(r"generated_epoch_(\d+)\.png", path.name)[1]): path
              for path in sorted(folder.glob("generated_epoch_*.png"))}
-    measured = read(folder / "evaluation/report.json").get("runs", [])
-    epochs = [run["epoch"] for run in measured if run["epoch"] in grids]
-    if epochs:
+    if epochs := [epoch for epoch in epochs if epoch in grids]:
         rows = torch.cat([cells(grids[epoch])[:8] for epoch in epochs])
         save_picture(grid(rows, 8, enlargement(rows), [f"epoch {epoch}" for epoch in epochs]), folder / "stages.png")
     if len(grids) > 1:
