@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dataset import DataError, image_names
-from flags import Parser, positive
+from flags import Parser, finite, positive
 from labels import LabelError, find_labels
 from results import GRID, SAMPLERS, stages, write_results
 from runs import milestones, run_folder
@@ -259,7 +259,7 @@ def parse_flags():
                         *GROUPS, *KINDS, "nothing"], help="runs, of reference, improved, holdout, ablations or one of "
                         "these two groups, and kinds of work, of train, sample and evaluate; nothing: only write the "
                         "results again (default: everything)")
-    parser.add_argument("--minutes", type=float, default=0, help="stop after so many, saved; 0: never (default: 0)")
+    parser.add_argument("--minutes", type=finite, default=0, help="stop after so many, saved; 0: never (default: 0)")
     parser.add_argument("--rehearse", action="store_true", help="everything in small, on critters, under the name "
                         "rehearsal")
     parser.add_argument("--name", help="sub-folder of outputs/ and checkpoints/ (default: study)")

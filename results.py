@@ -62,7 +62,8 @@ def write_results(name: str) -> Path:
         if run in LONG:
             draw_pictures(folder / run, stages(settings.get("epochs", 0)))
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(dict(settings=settings, runs=results), indent=1) + "\n")
+    made = dict(settings=settings, seconds=done, runs=results)
+    (folder / "results.json").write_text(json.dumps(made, indent=1) + "\n")
     path = folder / "results.md"
     path.write_text(markdown(settings, results, folder), encoding="utf-8")
     return path
