@@ -44,15 +44,20 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
     u = u.to(images.device, non_blocking=images.is_cuda)
     coin, amount = u[:, :3] < 0.5, 2 * u[:, 3:] - 1  # three decisions [B, 3], five amounts [B, 5] in [-1, 1)
     told = torch.zeros_like(amount)
-    flipped, rotated, jittered = coin[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
+    _, rotated, jittered = coin[:, :, None, None, None].unbind(1)  # [B, 1, 1, 1] each
     if mode != "none":
-        images = torch.where(flipped, images.flip(-1), images)
+        images = torch.where(is_mirrored(u)[:, None, None, None], images.flip(-1), images)
     x = images.float() / 255
     if mode in ("full", "untold"):
         told = amount * torch.cat([coin[:, 1:2], coin[:, 2:].expand(-1, 4)], dim=1)
         x = torch.where(rotated, _rotate(x, amount[:, 0] * MAX_ANGLE), x)
         x = torch.where(jittered, _jitter(x, amount[:, 1:]), x)
     return 2 * x - 1, torch.zeros_like(told) if mode == "untold" else told
+
+
+def is_mirrored(u: torch.Tensor) -> torch.Tensor:
+    """Which images the numbers `u` [B, 8] of `augment` have mirrored, where its mode allows it; bool [B]."""
+    return u[:, 0] < 0.5
 
 
 def _rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:

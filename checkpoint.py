@@ -1,7 +1,7 @@
 """Saving and loading, safely: a checkpoint is one file that is whole or not there, and is data, never code.
 
     save_checkpoint("checkpoints/latest.pt", model=model.state_dict(), config=...)
-    model, scheduler, config = load_model("checkpoints/critters.pt", device)
+    model, scheduler, codec, config = load_model("checkpoints/critters.pt", device)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 
 from devices import memory_format
 from forward_diffusion import PREDICTIONS, NoiseScheduler
+from latents import Autoencoder, Pixels, make_codec
 from unet import UNet, UNetConfig
 
 FORMAT = "PokeDiff checkpoint 1"
@@ -58,8 +59,9 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
                 os.close(folder)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint, its tensors on the CPU. No code in the file is ever run.
+def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a checkpoint, its tensors on the CPU; with `mmap` they stay in the file until they are looked at.
+    No code in the file is ever run.
 
     Raises:
         CheckpointError: if it is missing, truncated or not one of ours.
@@ -73,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 raise ValueError("compressed")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats that are refused here anyway
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make the reader raise nearly anything
@@ -83,8 +85,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UNet, NoiseScheduler, dict[str, Any]]:
-    """From a checkpoint: the network with its averaged weights, ready to sample; its scheduler; its configuration.
+def load_model(path: str | Path, device: str | torch.device = "cpu"
+               ) -> tuple[UNet, NoiseScheduler, Pixels | Autoencoder, dict[str, Any]]:
+    """From a checkpoint: the network with its averaged weights, ready to sample; its scheduler; the space it works in,
+    pixels or the latents of the autoencoder that came with it; its configuration.
 
     The configuration has the training's flags, among them "prediction" and "image_size", and "types": the names of
     the types that the network can be asked for, in the order of its inputs; none for an unconditional one.
@@ -93,6 +97,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
         CheckpointError: as `load_checkpoint` does, and if the parts do not fit each other or a weight is not finite.
     """
     content = load_checkpoint(path)
+    if "unet" not in content:
+        raise CheckpointError(f"{path} holds no diffusion model; choose the checkpoint of a train.py run")
     try:
         unet, config = UNetConfig(**content["unet"]), content["config"]
         if unet.blocks * len(unet.multipliers) > len(content["ema"]):
@@ -104,9 +110,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
         model = UNet(unet)
         model.load_state_dict(content["ema"])
         scheduler = NoiseScheduler(**content["scheduler"])
-        size = config["image_size"]
+        size, codec = config["image_size"], make_codec(content.get("autoencoder"), device)
+        if unet.channels != codec.channels:
+            raise ValueError("an autoencoder of another network")
         if config["prediction"] not in PREDICTIONS or type(size) is not int or not 0 < size <= 4096 or (
-                size % unet.size_multiple):
+                size % (unet.size_multiple * codec.factor)):
             raise ValueError("a prediction or an image size that there is not")
         config["types"] = tuple(content.get("types", ()))
         if len(config["types"]) != unet.num_types or not all(type(name) is str for name in config["types"]):
@@ -114,7 +122,23 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[UN
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path} is incomplete or of another version of PokeDiff; choose another file") from error
     check_finite(path, model)
-    return model.to(device, memory_format=memory_format(torch.device(device))).eval(), scheduler, config
+    return model.to(device, memory_format=memory_format(torch.device(device))).eval(), scheduler, codec, config
+
+
+def load_codec(path: str | Path, device: str | torch.device = "cpu") -> Pixels | Autoencoder:
+    """The autoencoder in a checkpoint of autoencoder.py, or in that of a model of its latents; pixels for no path.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` does, and if there is no autoencoder in it, or one in parts.
+    """
+    content = load_checkpoint(path) if path else {}
+    saved = content.get("autoencoder")
+    if path and not isinstance(saved, dict):
+        raise CheckpointError(f"{path} holds no autoencoder; choose the checkpoint of an autoencoder.py run")
+    try:  # in its own checkpoint its weights are the averaged ones of the training
+        return make_codec(saved and {"weights": content.get("ema"), **saved}, device)
+    except ValueError as error:
+        raise CheckpointError(f"{path} holds {error}; choose another file") from error
 
 
 def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler,
@@ -153,8 +177,12 @@ def check_finite(path: str | Path, *modules: nn.Module) -> None:
 
 
 def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:
-    """The checkpoint that was written last, at any depth below `folder`."""
+    """The checkpoint of a diffusion model that was written last, at any depth below `folder`."""
     found = [path for path in Path(folder).rglob("*.pt") if path.is_file() and not path.name.startswith(".")]
-    if not found:
-        raise CheckpointError(f"no checkpoint in {folder}/; `python train.py --preset quick` trains one in minutes")
-    return max(found, key=lambda path: path.stat().st_mtime)
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            if "unet" in load_checkpoint(path, mmap=True):
+                return path
+        except CheckpointError:
+            return path  # whoever loads it will say what is wrong with it
+    raise CheckpointError(f"no checkpoint in {folder}/; `python train.py --preset quick` trains one in minutes")

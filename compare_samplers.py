@@ -57,7 +57,7 @@ def main() -> None:
     try:
         device = pick_device(args.device)
         precision = pick_precision("auto", device)
-        model, scheduler, config = load_model(args.checkpoint, device)
+        model, scheduler, codec, config = load_model(args.checkpoint, device)
         if config["types"] != TYPES:
             raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
@@ -93,7 +93,7 @@ def main() -> None:
                 with tqdm(total=passes, desc=f"{name} {steps}", leave=False) as bar:
                     images = sample_seeds(
                         model, scheduler, range(args.seed, args.seed + args.num_images), config["image_size"], device,
-                        precision, batch_size=BATCH_SIZE, types=types, steps=steps, prediction=config["prediction"],
+                        precision, codec=codec, batch_size=BATCH_SIZE, types=types, steps=steps, prediction=config["prediction"],
                         callback=lambda *_: bar.update(), **options,
                     )
                 seconds = round(time.monotonic() - began, 1)

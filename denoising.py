@@ -1,6 +1,6 @@
 """What a diffusion model is taught: to see what was drawn under the noise (Ho et al. 2020, algorithm 1).
 
-    task = Denoising(scheduler, image_size=64, device=device, precision="bf16")
+    task = Denoising(scheduler, prepare, shape=(3, 64, 64), device=device, precision="bf16")
     drawn = task.draw(16, generator)                     # how to augment, timesteps, noise, whether types are told
     loss = task.loss(network, images, types, *drawn)     # a number, to be made small
 """
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from augmentation import augment
 from devices import autocast
 from forward_diffusion import NoiseScheduler
+from latents import Prepared
 
 
 @dataclass
@@ -22,30 +22,30 @@ class Denoising:
     """The random part of a training step, and its loss; see the flags of train.py for what the settings mean."""
 
     scheduler: NoiseScheduler
-    image_size: int
+    prepare: Prepared  # images, numbers -> x_0, what the network is told of their augmentation; see latents.py
+    shape: tuple[int, int, int]  # of one x_0
     device: torch.device
     precision: str
     prediction: str = "eps"
     loss_weighting: str = "uniform"
-    augment: str = "full"
     label_dropout: float = 0.1
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-        """For each image: how to augment it [B, 8], its timestep [B], its noise [B, 3, S, S], and whether its types are
+        """For each image: how to augment it [B, 8], its timestep [B], its noise [B, *shape], and whether its types are
         told [B, 1]."""
         options = dict(generator=generator, device=generator.device)
         return (torch.rand(batch_size, 8, **options),
                 draw_timesteps(batch_size, self.scheduler.num_timesteps, generator),
-                torch.randn(batch_size, 3, self.image_size, self.image_size, **options),
+                torch.randn(batch_size, *self.shape, **options),
                 torch.rand(batch_size, 1, **options) >= self.label_dropout)
 
     def loss(self, network, images, types, u, t, noise, told) -> torch.Tensor:
-        """The mean squared error of what the network predicts, for images uint8 [B, 3, S, S] and types [B, K].
+        """The mean squared error of what the network predicts, for images as the data set has them and types [B, K].
 
         For eps with uniform weights it is eq. 14 of Ho et al. (2020); `told` leaves the types out where it is false, so
         that the network also learns to answer without (Ho & Salimans 2022).
         """
-        x_0, augmentation = augment(images, mode=self.augment, u=u)
+        x_0, augmentation = self.prepare(images, u)
         x_t = self.scheduler.add_noise(x_0, t, noise)
         with autocast(self.device, self.precision):
             output = network(x_t, t, types * told, augmentation=augmentation)

@@ -108,11 +108,11 @@ def evaluate(path: Path, content: dict | None, data: Data, args, device: torch.d
     if args.samples:
         samples = in_memory(ImageFolder(args.samples, data.train.shape[-1]), args.samples)
     if content:
-        model, scheduler, config = load_model(path, device)
+        model, scheduler, codec, config = load_model(path, device)
         if not args.samples:
-            samples = draw_samples(model, scheduler, config, data, args, device, precision, run)
+            samples = draw_samples(model, scheduler, codec, config, data, args, device, precision, run)
         if args.num_likelihood:
-            measure_bits(model, scheduler, config, data, args, device, precision, run)
+            measure_bits(model, scheduler, codec, config, data, args, device, precision, run)
     run["num_samples"] = len(samples)
 
     print(f"measuring {len(samples):,} samples")
@@ -215,7 +215,8 @@ def in_memory(dataset: ImageFolder, folder) -> torch.Tensor:
     return dataset.images
 
 
-def draw_samples(model, scheduler, config: dict, data: Data, args, device, precision: str, run: dict) -> torch.Tensor:
+def draw_samples(model, scheduler, codec, config: dict, data: Data, args, device, precision: str, run: dict
+                 ) -> torch.Tensor:
     """uint8 [num_samples, 3, S, S]. A model that knows types is asked for those of training pictures drawn at random,
     so that the samples have the data's mixture of types."""
     sampler = args.sampler or config.get("sampler", "ddim")
@@ -232,8 +233,8 @@ def draw_samples(model, scheduler, config: dict, data: Data, args, device, preci
         for low in range(0, args.num_samples, size):  # as bytes at once: floats would take four times the memory
             seeds = range(args.seed + low, args.seed + min(low + size, args.num_samples))
             images = sample_seeds(
-                model, scheduler, seeds, config["image_size"], device, precision, batch_size=size, sampler=sampler,
-                steps=steps, prediction=config["prediction"], guidance=guidance,
+                model, scheduler, seeds, config["image_size"], device, precision, codec=codec, batch_size=size,
+                sampler=sampler, steps=steps, prediction=config["prediction"], guidance=guidance,
                 types=None if types is None else types[low : low + size], callback=lambda *_: bar.update(),
             )
             parts.append(to_pixels(images))
@@ -244,12 +245,19 @@ def draw_samples(model, scheduler, config: dict, data: Data, args, device, preci
 # the measures
 
 
-def measure_bits(model, scheduler, config: dict, data: Data, args, device, precision: str, run: dict) -> None:
+def measure_bits(model, scheduler, codec, config: dict, data: Data, args, device, precision: str, run: dict) -> None:
     """Bits a dimension of training and unseen pictures, and the gap between them."""
     def network(x_t: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
         with autocast(device, precision):
             return model(x_t.contiguous(memory_format=memory_format(device)), *others)
 
+    def as_bytes(images: torch.Tensor) -> torch.Tensor:
+        """The pictures as the model sees them, their numbers in 256 levels; of pixels, these are the pictures."""
+        with autocast(device, precision):
+            parts = [codec.encode(part.float() / 127.5 - 1).cpu() for part in images.split(args.batch_size)]
+        return to_pixels(torch.cat(parts) / codec.limit)
+
+    run["notes"] += codec.notes
     sets = {"train": (data.train, data.train_types), "held_out": (data.unseen, data.unseen_types)}
     bounds, details = {}, {}
     for name, (images, types) in sets.items():
@@ -260,7 +268,8 @@ def measure_bits(model, scheduler, config: dict, data: Data, args, device, preci
         with tqdm(total=len(chosen) * (1 + args.likelihood_steps), desc=f"bits, {name.replace('_', ' ')}", unit="pass",
                   dynamic_ncols=True) as bar:
             bounds[name] = variational_bound(
-                network, scheduler, images[chosen], prediction=config["prediction"], batch_size=args.batch_size,
+                network, scheduler, as_bytes(images[chosen]), limit=codec.limit, prediction=config["prediction"],
+                batch_size=args.batch_size,
                 types=None if types is None else types[chosen], num_timesteps=args.likelihood_steps, seed=args.seed,
                 device=device, callback=bar.update,
             )

@@ -30,6 +30,7 @@ from devices import DEVICES, PRECISIONS, describe, pick_device, pick_precision
 from flags import Parser, finite, fraction, natural, positive, strength
 from forward_diffusion import NoiseScheduler
 from labels import multi_hot, parse_types
+from latents import Autoencoder, Pixels
 from pictures import LONGEST_SIDE, enlarge, grid, save_animation, save_picture, to_image, to_pixels
 from reverse_diffusion import DEFAULT_GUIDANCE, SAMPLERS, VARIANCES, sample_seeds, seeded_noise, slerp
 
@@ -55,8 +56,8 @@ def main() -> None:
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
         checkpoint = args.checkpoint or newest_checkpoint()
-        model, scheduler, config = load_model(checkpoint, device)
-        plan = make_plan(args, scheduler, config)
+        model, scheduler, codec, config = load_model(checkpoint, device)
+        plan = make_plan(args, scheduler, codec, config)
         sampler, steps = choose_sampler(args, config, device, scheduler.num_timesteps)
         settings = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps)
         if args.init_image:  # the part of the steps that is left from there
@@ -77,10 +78,10 @@ def main() -> None:
             def after_step(i: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
                 bar.update()
                 if args.gif and (i % math.ceil(steps / GIF_FRAMES) == 0 or i == steps - 1):
-                    frames.setdefault(i, []).append(to_pixels(x_t).cpu())
+                    frames.setdefault(i, []).append(to_pixels(codec.decode(x_t)).cpu())
 
             images = sample_seeds(
-                model, scheduler, plan.seeds, config["image_size"], device, precision, batch_size=args.batch_size,
+                model, scheduler, plan.seeds, config["image_size"], device, precision, codec=codec, batch_size=args.batch_size,
                 types=torch.from_numpy(multi_hot(plan.types, config["types"])).float() if any(plan.types) else None,
                 x_T=plan.x_T, sampler=sampler, steps=steps, prediction=config["prediction"], guidance=guidance,
                 start=plan.start, callback=after_step, **options,
@@ -97,7 +98,7 @@ def main() -> None:
         sys.exit(130)
 
 
-def make_plan(args: argparse.Namespace, scheduler: NoiseScheduler, config: dict) -> Plan:
+def make_plan(args: argparse.Namespace, scheduler: NoiseScheduler, codec: Pixels | Autoencoder, config: dict) -> Plan:
     """The pictures that the flags ask for."""
     known, size = config["types"], config["image_size"]
     if args.types is not None and not known:
@@ -110,7 +111,7 @@ def make_plan(args: argparse.Namespace, scheduler: NoiseScheduler, config: dict)
         types = () if args.types is None else parse_types(args.types, known)
         if args.interpolate:
             # The two ends' noise and what lies between them on the arc; the ends are these seeds' own images.
-            first, last = seeded_noise(args.interpolate, (3, size, size))
+            first, last = seeded_noise(args.interpolate, codec.shape(size))
             count = args.num_images or 16
             weights = [i / max(1, count - 1) for i in range(count)]
             return Plan([args.interpolate[0]] * count, [types] * count, count,
@@ -124,8 +125,8 @@ def make_plan(args: argparse.Namespace, scheduler: NoiseScheduler, config: dict)
             picture = torch.from_numpy(decode_image(args.init_image, size)).float() / 127.5 - 1
         except Exception as error:  # a damaged file can make a decoder raise nearly anything
             raise ValueError(f"cannot read --init_image {args.init_image}: {reason(error)}") from error
-        t = torch.full((len(plan.seeds),), plan.start)
-        plan.x_T = scheduler.add_noise(picture.expand(len(t), -1, -1, -1), t, seeded_noise(plan.seeds, picture.shape))
+        t, noise = torch.full((len(plan.seeds),), plan.start), seeded_noise(plan.seeds, codec.shape(size))
+        plan.x_T = scheduler.add_noise(codec.encode(picture[None]).cpu().expand_as(noise), t, noise)
     return plan
 
 

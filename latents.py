@@ -11,17 +11,18 @@ Both have the same methods, so that training, samplers and scripts never ask whi
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from augmentation import AUGMENT_DIM, augment, is_mirrored
+from devices import autocast, memory_format
 
 # A batch of the data set, and its random numbers u [B, 8] -> (x_0, what the network is told of the augmentation).
 Prepared = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -30,11 +31,15 @@ Prepared = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tens
 class Pixels:
     """The pictures themselves."""
 
-    channels, factor, limit = 3, 1, 1.0
+    channels, factor, limit = 3, 1, 1.0  # limit: no number of an x_0 is larger
+    notes = ()  # what to know of the bits that evaluate.py measures
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
         """Of one picture's x_0."""
         return self.channels, image_size, image_size
+
+    def measure(self, dataset: Dataset, precision: str) -> None:
+        """Look at the pictures to be learned, for what depends on them: of pixels, nothing."""
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         return images
@@ -42,12 +47,19 @@ class Pixels:
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
         return x_0
 
-    def prepare(self, dataset: Dataset, mode: str) -> tuple[Dataset, Prepared]:
+    def prepare(self, dataset: Dataset, mode: str, precision: str) -> tuple[Dataset, Prepared]:
         """The data set to draw batches from, and what makes x_0 of them; `mode` is one of AUGMENT_MODES."""
         return dataset, lambda images, u: augment(images, mode=mode, u=u)
 
     def saved(self) -> None:
         """What a checkpoint holds of it; `make_codec` builds it again."""
+
+    def fingerprint(self) -> str:
+        """The same for the same space."""
+        return "pixels"
+
+    def to(self, *_, **__) -> Pixels:
+        return self
 
 
 @dataclass
@@ -99,20 +111,26 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.config = config = config or AutoencoderConfig()
         self.channels, self.factor = config.channels, config.factor
+        self.notes = (f"The bits are those of latents, {config.channels} numbers for each {config.factor} x "
+                      f"{config.factor} pixels in 256 levels each, and not of colour values: compare them among models "
+                      f"of one autoencoder alone.",)
 
-        layers, c = [], 3
-        for width in config.widths:
-            layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * c, width, 3, padding=1)]
+        c = config.width
+        layers = [nn.PixelUnshuffle(2), nn.Conv2d(12, c, 3, padding=1)]
+        for level, width in enumerate(config.widths):
+            if level > 0:
+                layers += [nn.PixelUnshuffle(2), nn.Conv2d(4 * c, width, 1)]
             layers += [Block(width, config.groups) for _ in range(config.encoder_blocks)]
             c = width
-        self.encoder = nn.Sequential(*layers, *head(c, 2 * config.channels, config.groups))
+        self.encoder = nn.Sequential(*layers, *norm_conv(c, 2 * config.channels, config.groups))
 
-        layers, c = [nn.Conv2d(config.channels, config.widths[-1], 3, padding=1)], config.widths[-1]
-        for finer in (*config.widths[-2::-1], 3):
-            layers += [Block(c, config.groups) for _ in range(config.decoder_blocks)]
-            layers += head(c, 4 * finer, config.groups) + [nn.PixelShuffle(2)]
-            c = finer
-        self.decoder = nn.Sequential(*layers)
+        layers = [nn.Conv2d(config.channels, c, 3, padding=1)]
+        for level, width in enumerate(reversed(config.widths)):
+            if level > 0:
+                layers += [nn.Conv2d(c, 4 * width, 1), nn.PixelShuffle(2)]
+            layers += [Block(width, config.groups) for _ in range(config.decoder_blocks)]
+            c = width
+        self.decoder = nn.Sequential(*layers, *norm_conv(c, 12, config.groups), nn.PixelShuffle(2))
 
         # Of the means over the training pictures, see `measure`.
         self.register_buffer("mean", torch.zeros(config.channels, 1, 1))
@@ -133,12 +151,23 @@ class Autoencoder(nn.Module):
         return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
 
     @torch.no_grad()
-    def measure(self, batches: Iterable[torch.Tensor]) -> None:
-        """Set what normalises the latents: the mean and deviation of each channel, and the largest number there is."""
-        means = torch.cat([self.posterior(images)[0] for images in batches])
+    def measure(self, dataset: Dataset, precision: str, most: int = 1000) -> None:
+        """Set what normalises the latents: the mean and deviation of each channel, and the largest number there is,
+        over the pictures to be learned, or `most` of them. And say how well these pictures come back."""
+        device, means, psnrs = self.mean.device, [], []
+        chosen = torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().long()
+        for indices in tqdm(chosen.split(32), desc="measuring latents", unit="batch", delay=2, leave=False):
+            images, _ = augment(dataset.__getitems__(indices.tolist())[0].to(device), mode="none")
+            with autocast(device, precision):
+                means.append(self.posterior(images)[0])
+                psnrs.append(psnr(self.decoder(means[-1]).float().clamp(-1, 1), images))
+        means = torch.cat(means)
         self.mean.copy_(means.mean(dim=(0, 2, 3))[:, None, None])
         self.std.copy_(means.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-6))
         self.largest.copy_(((means - self.mean) / self.std).abs().max())
+        size, side = images.shape[-1], means.shape[-1]
+        print(f"latents    {self.channels} x {side} x {side} for 3 x {size} x {size}, from which the pictures come back "
+              f"with a PSNR of {torch.cat(psnrs).mean():.1f} dB")
 
     @property
     def limit(self) -> float:
@@ -151,7 +180,7 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The normalised mean of the posterior: its deviation is small, and a mean can be kept and used again."""
-        return (self.posterior(images)[0] - self.mean) / self.std
+        return (self.posterior(images.to(self.mean.device))[0] - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
@@ -186,13 +215,18 @@ class Autoencoder(nn.Module):
     def saved(self) -> dict[str, Any]:
         return dict(config=asdict(self.config), weights=self.state_dict())
 
+    def fingerprint(self) -> str:
+        """Of its weights, but not of what `measure` found."""
+        weights = b"".join(part.detach().float().cpu().numpy().tobytes() for part in self.parameters())
+        return hashlib.sha256(weights).hexdigest()
+
 
 class Block(nn.Module):
     """GroupNorm, SiLU, conv, twice; added to the input."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.layers = nn.Sequential(*head(width, width, groups), *head(width, width, groups))
+        self.layers = nn.Sequential(*norm_conv(width, width, groups), *norm_conv(width, width, groups))
         nn.init.zeros_(self.layers[-1].weight)  # each block starts as nothing, so that a deep network starts shallow
         nn.init.zeros_(self.layers[-1].bias)
 
@@ -200,16 +234,39 @@ class Block(nn.Module):
         return x + self.layers(x)
 
 
-def head(c_in: int, c_out: int, groups: int) -> list[nn.Module]:
+def norm_conv(c_in: int, c_out: int, groups: int) -> list[nn.Module]:
+    """GroupNorm, SiLU, conv."""
     return [nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)]
 
 
-def make_codec(saved: dict[str, Any] | None) -> Pixels | Autoencoder:
+def make_codec(saved: dict[str, Any] | None, device: str | torch.device = "cpu") -> Pixels | Autoencoder:
     """From what a checkpoint holds at "autoencoder". Here, and nowhere else, it is asked whether there is one.
 
     Raises:
-        ValueError: if the parts do not fit each other, or a weight is not finite.
+        ValueError: if the parts do not fit each other, or a weight is not a finite number.
     """
     if saved is None:
         return Pixels()
-    ...
+    try:
+        config, weights = AutoencoderConfig(**saved["config"]), saved["weights"]
+        if len(config.multipliers) * (config.encoder_blocks + config.decoder_blocks) > len(weights):
+            raise ValueError("an autoencoder that would take for ever to build")
+        with torch.device("meta"):  # shapes without memory, as in checkpoint.load_model
+            shapes = {name: part.shape for name, part in Autoencoder(config).state_dict().items()}
+        if shapes != {name: part.shape for name, part in weights.items()}:
+            raise ValueError("weights of another autoencoder")
+        codec = Autoencoder(config)
+        codec.load_state_dict(weights)
+    except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError("an incomplete autoencoder") from error
+    if not all(torch.isfinite(part).all() for part in codec.state_dict().values()):
+        raise ValueError("weights that are not finite")
+    if not (codec.std > 0).all() or not codec.largest > 0:
+        raise ValueError("latents without a spread")
+    return codec.to(device, memory_format=memory_format(torch.device(device))).eval().requires_grad_(False)
+
+
+def psnr(images: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio of each image [B, 3, H, W] in [-1, 1], in dB; 100 and above are equal to the eye."""
+    error = ((images - originals) / 2).square().mean(dim=(1, 2, 3))
+    return -10 * error.clamp(min=1e-12).log10()

@@ -66,6 +66,7 @@ def variational_bound(
     scheduler: NoiseScheduler,
     images: torch.Tensor,
     *,
+    limit: float = 1.0,
     prediction: str = "eps",
     types: torch.Tensor | None = None,
     num_timesteps: int | None = 16,
@@ -80,6 +81,8 @@ def variational_bound(
 
     Args:
         model: any callable (x_t, t[, types]) -> output; the images reach it as float32 in [-1, 1] on `device`.
+        limit: where the images are the latents of pictures, what 255 stands for, and 0 for its opposite: they then reach
+            the model in [-limit, limit], and have any number of channels.
         num_timesteps: how many of t = 1 ... T-1 to visit a picture, one drawn from each of so many ranges; the ranges
             grow with t since the terms are largest and change fastest near 0. None visits all of them.
         callback: called after each batch with the number of passes in it; N (1 + num_timesteps) in all.
@@ -106,7 +109,7 @@ def variational_bound(
         t = [0 if k == 0 else ranges[k - 1][0] + int(u * width[k - 1]) for (_, k), (u, _) in zip(questions, draws)]
         t = torch.tensor(t)
         of = torch.tensor([i for i, _ in questions])
-        x_0 = images[of].to(device).float() / 127.5 - 1
+        x_0 = limit * (images[of].to(device).float() / 127.5 - 1)
         told = () if types is None else (types[of].to(device),)
         t_there = t.to(device)
         x_t = scheduler.add_noise(x_0, t_there, torch.stack([noise for _, noise in draws]).to(device))
@@ -114,18 +117,18 @@ def variational_bound(
             output = model(x_t, t_there, *told).float()
         guess = scheduler.to_x_0(prediction, output, x_t, t_there)
         if clip:
-            guess = guess.clamp(-1, 1)
+            guess = guess.clamp(-limit, limit)
         squared = (guess - x_0).double().square().sum(dim=(1, 2, 3)).cpu()
         terms[low : low + batch_size] = numbers * constant[t] + weight[t] * squared
         if callback is not None:
             callback(len(questions))
         last = t == 0
         if last.any():
-            log_p = log_likelihood_of_levels(images[of[last]], guess.cpu()[last], decoder_std)
+            log_p = log_likelihood_of_levels(images[of[last]], guess.cpu()[last] / limit, decoder_std / limit)
             decoder[of[last]] = -log_p.sum(dim=(1, 2, 3))
     steps = terms.view(len(images), asked)[:, 1:] * width
 
-    x_0 = images.double() / 127.5 - 1
+    x_0 = limit * (images.double() / 127.5 - 1)
     abar = scheduler.alpha_bar(scheduler.num_timesteps - 1)
     prior = 0.5 * (abar * (x_0**2 - 1) - math.log1p(-abar)).sum(dim=(1, 2, 3)) * in_bits
     return Bound(prior, steps * in_bits, decoder * in_bits, ranges)

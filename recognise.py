@@ -103,7 +103,7 @@ def main() -> None:
     try:
         device = pick_device(args.device)
         precision = pick_precision("auto", device)
-        model, scheduler, config = load_model(args.checkpoint, device)
+        model, scheduler, codec, config = load_model(args.checkpoint, device)
         if tuple(config["types"]) != TYPES:
             raise ValueError(f"{args.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
@@ -115,7 +115,7 @@ def main() -> None:
         seeds += [args.seed + i for _ in pairs for i in range(args.num_pairs)]
         with tqdm(total=args.steps * math.ceil(len(seeds) / BATCH_SIZE), unit="step", dynamic_ncols=True) as bar:
             images = sample_seeds(
-                model, scheduler, seeds, config["image_size"], device, precision, batch_size=BATCH_SIZE,
+                model, scheduler, seeds, config["image_size"], device, precision, codec=codec, batch_size=BATCH_SIZE,
                 types=torch.from_numpy(multi_hot(asked, TYPES)).float(), guidance=args.guidance, sampler=args.sampler,
                 steps=args.steps, prediction=config["prediction"], callback=lambda *_: bar.update(),
             )

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -16,6 +17,7 @@ import torch
 
 from devices import Recorded, autocast, memory_format
 from forward_diffusion import NoiseScheduler, seed_from
+from latents import Autoencoder, Pixels
 
 SAMPLERS = ("ddpm", "ddim", "dpm++")
 VARIANCES = ("beta_tilde", "beta")
@@ -37,7 +39,7 @@ def sample(
     variance: str = "beta_tilde",
     seeds: Sequence[int] | None = None,
     start: int | None = None,
-    clip: bool = True,
+    clip: bool | float = True,
     callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Run the reverse process from x_T, standard normal [B, C, H, W], to images of the same shape.
@@ -61,13 +63,13 @@ def sample(
         start: the timestep of x_T, 0 ... T-1; None means T-1. Below that, x_T is a picture to which
             `NoiseScheduler.add_noise` added that timestep's noise, and the result resembles it (SDEdit, Meng et al.
             2022).
-        clip: keep each predicted clean image within [-1, 1]; eps is derived again from what was kept. Without it the
-            errors of an eps network at large t (multiplied by up to 157 on the linear schedule, and more on the cosine
-            one) end as black or garish pictures.
+        clip: keep each predicted clean image within [-1, 1], or within plus and minus another number; eps is derived
+            again from what was kept. Without it the errors of an eps network at large t (multiplied by up to 157 on
+            the linear schedule, and more on the cosine one) end as black or garish pictures.
         callback: called after each step with (step number from 0, x_t, predicted x_0).
 
     Returns:
-        Images, in [-1, 1] where `clip` is on.
+        Images, in [-1, 1] where `clip` is on, or in its range.
 
     Raises:
         ValueError: for an unknown sampler, prediction or variance, for steps, eta or start outside of the ranges above,
@@ -92,7 +94,7 @@ def sample(
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
         x_0 = scheduler.to_x_0(prediction, network(x_t, t_batch).to(x_t.dtype), x_t, t_batch)
         if clip:
-            x_0 = x_0.clamp(-1, 1)
+            x_0 = x_0.clamp(-clip, clip)  # True is 1
         if sampler == "ddpm":
             mean, std = posterior(scheduler, x_0, x_t, t, s, variance)
         elif sampler == "ddim":
@@ -195,6 +197,7 @@ def sample_seeds(
     device: torch.device,
     precision: str,
     *,
+    codec: Pixels | Autoencoder = Pixels(),
     batch_size: int = 64,
     types: torch.Tensor | None = None,
     x_T: torch.Tensor | None = None,
@@ -207,9 +210,10 @@ def sample_seeds(
     it was not checked.
 
     Args:
+        codec: the space in which the model denoises; what it arrives at is decoded.
         batch_size: images at a time; fewer where the memory of a GPU is too small for that.
         types: [len(seeds), K], as in `sample`.
-        x_T: [len(seeds), 3, image_size, image_size], to begin with (noise between two noises, see `slerp`, or a noised
+        x_T: [len(seeds), *codec.shape(image_size)], to begin with (noise between two noises, see `slerp`, or a noised
             picture, see `start` of `sample`); the seeds then make only the noise of the steps. None: each seed's noise.
         options: go to `sample`.
 
@@ -220,7 +224,7 @@ def sample_seeds(
         if given is not None and len(given) != len(seeds):
             raise ValueError(f"{len(given)} rows of {name} for {len(seeds)} seeds")
 
-    def network(*inputs: torch.Tensor) -> torch.Tensor:
+    def in_full_batches(function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
         # On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are added up in
         # another order; and below 16 where there is one thread, because PyTorch then has another 1x1 convolution. So
         # rows are repeated up to a multiple of 8 (twice what was found necessary), or 16: one image then costs as much.
@@ -228,24 +232,26 @@ def sample_seeds(
         rows = torch.arange(math.ceil(n / multiple) * multiple, device=device) % n
         x_t, *others = (part[rows] for part in inputs)
         with autocast(device, precision):
-            return model(x_t.contiguous(memory_format=memory_format(device)), *others)[:n]
+            return function(x_t.contiguous(memory_format=memory_format(device)), *others)[:n]
 
+    network = functools.partial(in_full_batches, model)
     if device.type == "cuda":
         network = Recorded(network)
+    options = dict(clip=codec.limit) | options
     images, i = [], 0
     while i < len(seeds):
         part = slice(i, i + batch_size)
-        noise = seeded_noise(seeds[part], (3, image_size, image_size), device) if x_T is None else x_T[part].to(device)
+        noise = seeded_noise(seeds[part], codec.shape(image_size), device) if x_T is None else x_T[part].to(device)
         batch_types = None if types is None else types[part]
         try:
-            drawn = sample(network, scheduler, noise, seeds=seeds[part], types=batch_types, **options)
+            x_0 = sample(network, scheduler, noise, seeds=seeds[part], types=batch_types, **options)
         except torch.OutOfMemoryError:
             if len(noise) == 1:
                 raise
             batch_size = len(noise) // 2  # the first pass needs as much as any, so nothing was drawn yet
             print(f"note: too little memory for {len(noise)} images at a time; going on with {batch_size}")
             continue
-        images.append(drawn.float().cpu())
+        images += [in_full_batches(codec.decode, few).float().cpu() for few in x_0.split(16)]
         i += batch_size
     return torch.cat(images)
 

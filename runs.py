@@ -53,6 +53,12 @@ def flag(default, help: str, choices: Sequence[str] | None = None, *, above: flo
     return field(default=default, metadata=dict(help=help, choices=choices, limits=limits))
 
 
+def with_default(config: type, name: str, default):
+    """The setting of another configuration, with a default of its own."""
+    (setting,) = (setting for setting in fields(config) if setting.name == name)
+    return field(default=default, metadata=setting.metadata)
+
+
 def parse_flags(config: type, presets: dict[str, dict], description: str) -> dict[str, Any]:
     """The flags that were given, and no others: so that a preset's values, or a checkpoint's, fill the rest."""
     parser = Parser(description=description, argument_default=argparse.SUPPRESS)
@@ -126,7 +132,7 @@ def find_run(given: dict[str, Any], config: type, needs: dict[str, type]) -> dic
         ValueError: if a run stands where a new one would be.
         CheckpointError: if there is no checkpoint, or none of such a run.
     """
-    folder = run_folder("checkpoints", given.get("run_name", ""))
+    folder = run_folder("checkpoints", given.get("run_name", config.run_name))
     if not given.get("resume"):
         refuse_to_overwrite(folder)
         return None
@@ -306,7 +312,7 @@ class Run:
         figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
         axis.loglog([row["epoch"] for row in self.history], [row["loss"] for row in self.history])
         axis.set_xlabel("epoch")
-        axis.set_ylabel("mean squared error")
+        axis.set_ylabel("loss")
         axis.grid(alpha=0.3, which="both")
         figure.savefig(path, dpi=120)
         plt.close(figure)

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-from checkpoint import load_model
+from checkpoint import load_codec, load_model
 from denoising import Denoising
 from devices import memory_format
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
+from latents import make_codec
 from reverse_diffusion import SAMPLERS, sample_seeds
 from runs import flag
 from training import Training, TrainingConfig, command
@@ -35,6 +36,8 @@ class Config(TrainingConfig):
 
     labels: str = flag("auto", "the images' types; auto: labels.csv in the folder (columns file,types), else the names "
                                "of its sub-folders; none; or another csv file")
+    autoencoder: str = flag("", "checkpoint of an autoencoder.py run, to learn the latents of the pictures (default: "
+                                "learn their pixels)")
     init: str = flag("", "checkpoint of such a network, whose averaged weights to start from (default: random ones)")
     width: int = flag(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = flag((), "of the width, one a level (default: those of unet.LEVELS for the image "
@@ -83,24 +86,31 @@ def train(config: Config, checkpoint: dict | None) -> None:
     """Teach a U-Net to denoise the images: what it is taught is in denoising.py, and the loop in training.py."""
     if config.zero_terminal_snr and config.prediction == "eps":
         raise ValueError("--zero_terminal_snr needs --prediction v or x0: of noise alone, the noise tells nothing")
+    codec = load_codec(config.autoencoder) if checkpoint is None else make_codec(checkpoint.get("autoencoder"))
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
-        dropout=config.dropout,
+        dropout=config.dropout, channels=codec.channels,
     )
-    if config.image_size % unet_config.size_multiple or config.image_size < 8:
-        raise ValueError(f"--image_size must be a multiple of {unet_config.size_multiple} that is at least 8, "
-                         f"for this network; {config.image_size} is not")
+    multiple = unet_config.size_multiple * codec.factor
+    if config.image_size % multiple or config.image_size < 8:
+        raise ValueError(f"--image_size must be a multiple of {multiple} that is at least 8, for this network; "
+                         f"{config.image_size} is not")
     training = Training(config, checkpoint)
     device, precision, types = training.device, training.precision, training.dataset.types
+    codec = codec.to(device, memory_format=memory_format(device))
+    if checkpoint is None:
+        codec.measure(training.dataset, precision)
+    training.dataset, prepare = codec.prepare(training.dataset, config.augment, precision)
     unet_config.num_types = len(types)
 
     torch.manual_seed(seed_from(config.seed, stream="weights"))
     model = UNet(unet_config).to(device, memory_format=memory_format(device, training=True))
     if config.init and checkpoint is None:
-        start, _, its_config = load_model(config.init, device)
-        if (start.config, its_config["types"], its_config["prediction"]) != (unet_config, types, config.prediction):
-            raise ValueError(f"--init {config.init} is of another network (its size, its types or what it predicts); "
-                             f"give the flags that it was trained with")
+        start, _, its_codec, its_config = load_model(config.init, device)
+        its = start.config, its_config["types"], its_config["prediction"], its_codec.fingerprint()
+        if its != (unet_config, types, config.prediction, codec.fingerprint()):
+            raise ValueError(f"--init {config.init} is of another network (its size, its types, its autoencoder or what "
+                             f"it predicts); give the flags that it was trained with")
         model.load_state_dict(start.state_dict())
     model.grad_checkpoint = config.grad_checkpoint
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
@@ -110,15 +120,16 @@ def train(config: Config, checkpoint: dict | None) -> None:
         print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
               f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
 
-    denoising = Denoising(scheduler, config.image_size, device, precision, config.prediction, config.loss_weighting,
-                          config.augment, config.label_dropout)
-    content = dict(unet=asdict(unet_config), scheduler=scheduler.config())  # of a checkpoint, besides the weights
+    denoising = Denoising(scheduler, prepare, codec.shape(config.image_size), device, precision, config.prediction,
+                          config.loss_weighting, config.label_dropout)
+    # Of a checkpoint, besides the weights.
+    content = dict(unet=asdict(unet_config), scheduler=scheduler.config(), autoencoder=codec.saved())
 
     def picture(average: UNet, path: Path) -> None:
         """A grid of samples, always from the same noise, so that one sees the same creature grow."""
         images = sample_seeds(
-            average, scheduler, range(config.num_samples), config.image_size, device, precision, sampler=config.sampler,
-            steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
+            average, scheduler, range(config.num_samples), config.image_size, device, precision, codec=codec,
+            sampler=config.sampler, steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
             types=each_type_in_turn(config.num_samples, len(types)), guidance=config.guidance if types else 1.0,
         )
         nrow = math.ceil(math.sqrt(len(images)))

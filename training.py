@@ -161,7 +161,7 @@ class Training:
         steps_per_epoch = math.ceil(len(dataset) / config.batch_size)
         total_steps = config.epochs * steps_per_epoch
         last_step = min(total_steps, config.max_steps or total_steps)
-        make_step = TrainingStep(task, config, device, self.precision, processes, total_steps, len(dataset.types))
+        make_step = TrainingStep(task, config, device, self.precision, processes, total_steps)
         optimizer, scaler, tally = make_step.optimizer, make_step.scaler, make_step.tally
         step, history = 0, []
         if checkpoint is not None:
@@ -176,7 +176,7 @@ class Training:
               f"{config.augment}" + (f"; {len(self.held_out):,} kept aside" if self.held_out else ""))
         if dataset.types:
             print(f"types      {', '.join(dataset.types)}")
-        run = Run(config, history, COLUMNS, new=checkpoint is None, writes=processes.first)
+        run = Run(config, history, [*COLUMNS, *task.measures], new=checkpoint is None, writes=processes.first)
         print(f"training   {config.epochs:,} epochs of {steps_per_epoch:,} steps of {config.batch_size} images; "
               f"grids in {run.outputs}/, weights in {run.checkpoints}/")
 
@@ -190,10 +190,13 @@ class Training:
                         scaler=scaler.state_dict(), tally=tally.cpu(), history=history, num_images=len(dataset),
                         fingerprint=self.fingerprint)
 
-        def show_progress() -> None:
+        def progress_is_due() -> bool:
             epoch, in_epoch = divmod(step, steps_per_epoch)
-            due = in_epoch == 0 and (epoch % config.sample_every == 0 or epoch in config.milestones)
-            if step == last_step or due:
+            due = epoch % config.sample_every == 0 or epoch in config.milestones
+            return step == last_step or (in_epoch == 0 and due)
+
+        def show_progress() -> None:
+            if progress_is_due():
                 run.write("loss.png", run.draw_loss)
                 run.write(grid_name(), lambda path: task.picture(make_step.average, path))
 
@@ -206,7 +209,7 @@ class Training:
 
         def compile_network() -> None:
             tqdm.write("compiling the network, which takes a minute or two")
-            config.compile = "on" if make_step.compile() else "off"  # as a resumed run will do from its start
+            config.compile = "on" if make_step.compile(*dataset.__getitems__([0])) else "off"  # as a resumed run will do from its start
 
         if config.compile == "on" and step < last_step:
             compile_network()
@@ -253,8 +256,9 @@ class Training:
                                      f"before")
             if in_epoch == 0:
                 mean = losses / (steps_per_epoch - skipped) if skipped < steps_per_epoch else math.nan
-                run.log(dict(epoch=epoch, step=step, loss=mean, lr=learning_rate(config, step - 1, total_steps),
-                             skipped=int(skipped)))
+                row = dict(epoch=epoch, step=step, loss=mean, lr=learning_rate(config, step - 1, total_steps),
+                           skipped=int(skipped))
+                run.log(row | (task.measure(make_step.average) if progress_is_due() else {}))
                 tally[:2] = reported = 0
                 if (epoch % config.milestone_every == 0 or epoch in config.milestones) and step < total_steps:
                     save(f"epoch_{epoch:04d}.pt")

@@ -37,6 +37,7 @@ class Task:
         loss: (network, images uint8 [b, 3, S, S], types uint8 [b, K], *drawn) -> the mean loss, for part of a batch and
             the same part of what was drawn for it. It calls `network` as it would `model`.
         picture: (network, path): writes a picture of what the averaged network can do.
+        measure: (network) -> figures of it by the names in `measures`, which metrics.csv gets with each picture.
         content: what a checkpoint must hold to rebuild all this, besides the weights.
         shows, next_command: what the picture shows, and what to do with the final checkpoint, for the last line.
     """
@@ -46,6 +47,8 @@ class Task:
     loss: Callable[..., torch.Tensor]
     picture: Callable[[nn.Module, Path], None]
     content: dict[str, Any] = field(default_factory=dict)
+    measures: tuple[str, ...] = ()
+    measure: Callable[[nn.Module], dict[str, float]] = lambda network: {}
     shows: str = "samples"
     next_command: str = "for more: python generate.py --checkpoint"
 
@@ -56,7 +59,6 @@ class TrainingStep:
     Args:
         config: a TrainingConfig, see training.py.
         total_steps: of the whole run, over which the learning rate falls.
-        num_types: K, the columns of a batch's types.
 
     Attributes:
         model, average: the network and its average, which is what pictures are drawn with.
@@ -66,7 +68,7 @@ class TrainingStep:
     """
 
     def __init__(self, task: Task, config: Any, device: torch.device, precision: str, processes: Processes,
-                 total_steps: int, num_types: int = 0):
+                 total_steps: int):
         self.config, self.device, self.processes, self.total_steps = config, device, processes, total_steps
         self.model, self.draw, self.loss = task.model, task.draw, task.loss
         self.average = copy.deepcopy(task.model).eval().requires_grad_(False)
@@ -82,7 +84,6 @@ class TrainingStep:
         self.tally = torch.zeros(4, device=device)
         self.share = processes.share(config.batch_size, config.grad_accum)
         self.generator = torch.Generator(device)
-        self.num_types = num_types
         self.has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in self.model.modules())
         self._choose_how_to_run()
 
@@ -92,13 +93,13 @@ class TrainingStep:
         self.weights, self.averages = list(self.model.parameters()), list(self.average.parameters())
         self.model.train()
 
-    def compile(self) -> bool:
-        """Have the network compiled; False, with a line that says why, where that does not work."""
+    def compile(self, images: torch.Tensor, types: torch.Tensor) -> bool:
+        """Have the network compiled, for batches of such images and types; False, with a line that says why, where that
+        does not work."""
         self.network = torch.compile(self.wrapped)
-        try:  # with pictures of nothing, forward and backward, so that what cannot be compiled is known now
-            size, count = self.config.image_size, (self.share.stop - self.share.start) // self.config.grad_accum
-            images = torch.zeros(count, 3, size, size, dtype=torch.uint8, device=self.device)
-            types = torch.zeros(count, self.num_types, dtype=torch.uint8, device=self.device)
+        try:  # forward and backward, so that what cannot be compiled is known now
+            count = (self.share.stop - self.share.start) // self.config.grad_accum
+            images, types = (x[:1].to(self.device).repeat(count, *[1] * (x.ndim - 1)) for x in (images, types))
             drawn = self.draw(self.config.batch_size, self.generator.manual_seed(0))
             self.loss(self.network, images, types, *(x[:count] for x in drawn)).backward()
         except Exception as error:  # a compiler can be missing, or fail, in more ways than have a name
