@@ -76,7 +76,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     training = Training(config, checkpoint)
     device, precision = training.device, training.precision
     torch.manual_seed(seed_from(config.seed, stream="weights"))
-    model = Autoencoder(autoencoder_config).to(device, memory_format=memory_format(device))
+    model = Autoencoder(autoencoder_config).to(device, memory_format=memory_format(device, config.width))
     print(f"network    {count_parameters(model):,} parameters; 3 x {config.image_size} x {config.image_size} to "
           f"{' x '.join(map(str, model.shape(config.image_size)))} and back")
     coding = Coding(model.shape(config.image_size), device, precision, config.augment, config.edge_weight,
@@ -88,8 +88,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
         parts = []
         for part in originals.split(16):
             with autocast(device, precision):
-                part = part.to(device, memory_format=memory_format(device))
-                parts.append(average.decode(average.encode(part)).cpu())
+                parts.append(average.decode(average.encode(part.to(device))).cpu())
         return torch.cat(parts)
 
     def measure(average: Autoencoder) -> dict[str, float]:
@@ -137,7 +136,6 @@ class Coding:
         posterior from a standard normal distribution (Kingma & Welling 2014, appendix B), for each number.
         """
         x, _ = augment(images, mode=self.augment, u=u)
-        x = x.contiguous(memory_format=memory_format(self.device))
         with autocast(self.device, self.precision):
             output, mean, log_variance = network(x, noise)
         error = output.float() - x

@@ -36,6 +36,7 @@ from devices import DEVICES, PRECISIONS, describe, memory_format, peak_memory, p
 from distributed import Processes
 from flags import Parser, positive
 from forward_diffusion import NoiseScheduler
+from latents import Pixels
 from profiling import as_table, machine_rates, profile, synchronize
 from reverse_diffusion import sample_seeds
 from training_step import Task, TrainingStep
@@ -90,6 +91,7 @@ class Contender:
         self.args, self.device, self.done = args, device, 0
         self.scheduler = NoiseScheduler()
         images = load_images("critters", args.image_size, labels="none", num_critters=256)
+        self.shape, self.prepare = Pixels().shape(args.image_size), Pixels().prepare(images, "full", precision)[1]
         self.batches = iter(make_loader(images, args.batch_size, 0, 0, STEPS))
         self.model = self.build(unet).to(device)
 
@@ -120,7 +122,7 @@ class Ours(Contender):
         super().__init__(unet, args, device, precision)
         self.precision = precision
         self.model.to(memory_format=memory_format(device, training=True))
-        denoising = Denoising(self.scheduler, args.image_size, device, precision)
+        denoising = Denoising(self.scheduler, self.prepare, self.shape, device, precision)
         config = SimpleNamespace(batch_size=args.batch_size, grad_accum=1, lr=1e-4, lr_schedule="constant", seed=0,
                                  warmup_steps=0, clip_grad=1.0, ema_decay=0.9999, image_size=args.image_size)
         task = Task(self.model, denoising.draw, denoising.loss, lambda average, path: None)
@@ -129,7 +131,7 @@ class Ours(Contender):
         self.compile_seconds = 0.0
         if self.compiled:
             started = time.perf_counter()
-            if not self.make_step.compile():
+            if not self.make_step.compile(*next(self.batches)):
                 raise ValueError("--compile needs a compiler: a C++ one for a CPU, Triton for a GPU")
             self.compile_seconds = time.perf_counter() - started
 

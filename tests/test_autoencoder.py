@@ -83,12 +83,12 @@ def test_a_training_learns_and_says_how_well(trained_autoencoder, monkeypatch):
     # Two pictures beside what comes back of them: four tiles and their borders.
     assert Image.open("outputs/autoencoder/generated_epoch_0004.png").size == (4 * 18 + 2, 20)
     codec = load_codec("checkpoints/autoencoder/final_model.pt")
-    images = torch.zeros(1, 3, 16, 16)
+    images = noise(2, 3, 16, 16)
     content = load_checkpoint("checkpoints/autoencoder/final_model.pt")
     assert "model" not in content and content["autoencoder"]["config"] == vars(codec.config)
     average = Autoencoder(codec.config)
     average.load_state_dict(content["ema"])
-    assert average.encode(images).equal(codec.encode(images))
+    assert torch.allclose(average.encode(images), codec.encode(images), atol=1e-4)
 
 
 def test_a_resumed_training_is_the_same(trained_autoencoder):
@@ -99,14 +99,14 @@ def test_a_resumed_training_is_the_same(trained_autoencoder):
 
 
 def test_parts_of_a_batch_change_nothing():
-    """But the order of additions."""
+    """But the order of additions: the gradients, of which Adam keeps a tenth, are the same."""
     found = {}
     for parts in (1, 2):
-        flags = ["--run_name", f"in_{parts}", "--grad_accum", parts, "--max_steps", 2]
+        flags = ["--run_name", f"in_{parts}", "--grad_accum", parts, "--max_steps", 1]
         assert call(autoencoder, *TINY_AUTOENCODER, *flags) == 0
-        found[parts] = load_checkpoint(f"checkpoints/in_{parts}/latest.pt")["ema"]
-    for name, ours in found[1].items():
-        assert torch.allclose(ours, found[2][name], atol=1e-3), name  # Adam takes steps of up to 1e-2
+        found[parts] = load_checkpoint(f"checkpoints/in_{parts}/latest.pt")["optimizer"]["state"]
+    for ours, theirs in zip(found[1].values(), found[2].values()):
+        assert torch.allclose(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
 def test_pictures_kept_aside_are_those_that_are_measured(capsys):
