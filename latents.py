@@ -151,7 +151,7 @@ class Autoencoder(nn.Module):
         return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
 
     @torch.no_grad()
-    def measure(self, dataset: Dataset, precision: str, most: int = 1000) -> None:
+    def measure(self, dataset: Dataset, precision: str, most: int = 500) -> None:
         """Set what normalises the latents: the mean and deviation of each channel, and the largest number there is,
         over the pictures to be learned, or `most` of them. And say how well these pictures come back."""
         device, means, psnrs = self.mean.device, [], []
