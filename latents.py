@@ -196,7 +196,7 @@ class Autoencoder(nn.Module):
             with autocast(device, precision):
                 return self.encode(x.contiguous(memory_format=memory_format(device))), told
 
-        if mode == "full" or dataset.images is None:
+        if mode not in ("none", "flip") or dataset.images is None:
             return dataset, encode
 
         both = []  # [n, 2, channels, h, w] of each batch: pictures as they are, and their mirror images

@@ -61,9 +61,6 @@ class Config(TrainingConfig):
     guidance: float = flag(1.0, "how strongly the images of a sample grid are pushed towards their types; 1: not "
                                 "beyond what the network says of them")
 
-    def __post_init__(self):
-        self.multipliers = self.multipliers or default_multipliers(self.image_size)
-
 
 PRESETS = {
     "reference": {},
@@ -87,6 +84,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     if config.zero_terminal_snr and config.prediction == "eps":
         raise ValueError("--zero_terminal_snr needs --prediction v or x0: of noise alone, the noise tells nothing")
     codec = load_codec(config.autoencoder) if checkpoint is None else make_codec(checkpoint.get("autoencoder"))
+    config.multipliers = config.multipliers or default_multipliers(codec.shape(config.image_size)[-1])
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
         dropout=config.dropout, channels=codec.channels,

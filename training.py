@@ -209,7 +209,8 @@ class Training:
 
         def compile_network() -> None:
             tqdm.write("compiling the network, which takes a minute or two")
-            config.compile = "on" if make_step.compile(*dataset.__getitems__([0])) else "off"  # as a resumed run will do from its start
+            compiled = make_step.compile(*dataset.__getitems__([0]))
+            config.compile = "on" if compiled else "off"  # as a resumed run will do from its start
 
         if config.compile == "on" and step < last_step:
             compile_network()

@@ -119,9 +119,15 @@ def test_learning_rate():
     assert 0 < training_step.learning_rate(config, 99, 100) < 1e-4
 
 
-def test_presets_and_flags(monkeypatch):
+def settled(monkeypatch) -> list[train.Config]:
+    """The settings of trainings, each of which ends before it begins."""
     configs = []
-    monkeypatch.setattr(train, "train", lambda config, checkpoint: configs.append(config))
+    monkeypatch.setattr(train, "Training", lambda config, checkpoint: (configs.append(config), sys.exit(0)))
+    return configs
+
+
+def test_presets_and_flags(monkeypatch):
+    configs = settled(monkeypatch)
     for flags in [], ["--preset", "quick"], ["--width", 64, "--preset", "quick", "--lr", "5e-4", "--multipliers", 1, 4]:
         assert call(train, *flags) == 0
     reference, quick, changed = configs
@@ -138,8 +144,7 @@ def test_presets_and_flags(monkeypatch):
     (["--preset", "quick", "--image_size", 128], (1, 2, 2)),
 ])
 def test_the_levels_follow_the_size_unless_they_are_given(flags, multipliers, monkeypatch):
-    configs = []
-    monkeypatch.setattr(train, "train", lambda config, checkpoint: configs.append(config))
+    configs = settled(monkeypatch)
     assert call(train, *flags) == 0
     assert configs[0].multipliers == multipliers
 
