@@ -76,7 +76,7 @@ def train(config: Config, checkpoint: dict | None) -> None:
     training = Training(config, checkpoint)
     device, precision = training.device, training.precision
     torch.manual_seed(seed_from(config.seed, stream="weights"))
-    model = Autoencoder(autoencoder_config).to(device, memory_format=memory_format(device, config.width))
+    model = Autoencoder(autoencoder_config).to(device, memory_format=memory_format(device, training=True))
     print(f"network    {count_parameters(model):,} parameters; 3 x {config.image_size} x {config.image_size} to "
           f"{' x '.join(map(str, model.shape(config.image_size)))} and back")
     coding = Coding(model.shape(config.image_size), device, precision, config.augment, config.edge_weight,
