@@ -106,7 +106,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
     content = dict(autoencoder=dict(config=asdict(autoencoder_config)))
     training.run(Task(
         model, coding.draw, coding.loss, picture, content, measures=("psnr", "ssim"), measure=measure,
-        shows="pictures beside their reconstructions", next_command="to learn its latents: python train.py --autoencoder",
+        shows="pictures beside their reconstructions",
+        next_command="to learn its latents: python train.py --autoencoder",
     ))
 
 
@@ -131,9 +132,9 @@ class Coding:
         """How far the pictures come back from where they were, plus the KL term, for images uint8 [B, 3, S, S].
 
         The first is the mean absolute error of the colours, plus that of the differences between neighbours, which are
-        large at edges. Squared errors would be content with a line that is wide and faint where it could be a thin and dark one
-        a pixel away; DIFFUSION_THEORY.md, section 12, has the measurement. The second is the KL divergence of the
-        posterior from a standard normal distribution (Kingma & Welling 2014, appendix B), for each number.
+        large at edges and nothing within an area of one colour; DIFFUSION_THEORY.md, section 14, has the measurements
+        that speak for it. The second is the KL divergence of the posterior from a standard normal distribution (Kingma &
+        Welling 2014, appendix B), for each number.
         """
         x, _ = augment(images, mode=self.augment, u=u)
         with autocast(self.device, self.precision):
@@ -145,8 +146,8 @@ class Coding:
 
 
 def pictures_to_measure(training: Training) -> tuple[torch.Tensor, str]:
-    """Up to 100 pictures that are not trained on, [N, 3, S, S] in [-1, 1], and what they are: those that --holdout keeps
-    aside, or fresh critters; else some of the training."""
+    """Up to 100 pictures that are not trained on, [N, 3, S, S] in [-1, 1], and what they are: those that --holdout
+    keeps aside, or fresh critters; else some of the training's."""
     config = training.config
     if training.held_out:
         aside = set(training.held_out[:MOST_MEASURED])

@@ -81,7 +81,8 @@ def main() -> None:
                     frames.setdefault(i, []).append(to_pixels(codec.decode(x_t)).cpu())
 
             images = sample_seeds(
-                model, scheduler, plan.seeds, config["image_size"], device, precision, codec=codec, batch_size=args.batch_size,
+                model, scheduler, plan.seeds, config["image_size"], device, precision, codec=codec,
+                batch_size=args.batch_size,
                 types=torch.from_numpy(multi_hot(plan.types, config["types"])).float() if any(plan.types) else None,
                 x_T=plan.x_T, sampler=sampler, steps=steps, prediction=config["prediction"], guidance=guidance,
                 start=plan.start, callback=after_step, **options,

@@ -166,8 +166,8 @@ class Autoencoder(nn.Module):
         self.std.copy_(means.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-6))
         self.largest.copy_(((means - self.mean) / self.std).abs().max())
         size, side = images.shape[-1], means.shape[-1]
-        print(f"latents    {self.channels} x {side} x {side} for 3 x {size} x {size}, from which the pictures come back "
-              f"with a PSNR of {torch.cat(psnrs).mean():.1f} dB")
+        print(f"latents    {self.channels} x {side} x {side} for 3 x {size} x {size}, from which the pictures come "
+              f"back with a PSNR of {torch.cat(psnrs).mean():.1f} dB")
 
     @property
     def limit(self) -> float:

@@ -81,8 +81,8 @@ def variational_bound(
 
     Args:
         model: any callable (x_t, t[, types]) -> output; the images reach it as float32 in [-1, 1] on `device`.
-        limit: where the images are the latents of pictures, what 255 stands for, and 0 for its opposite: they then reach
-            the model in [-limit, limit], and have any number of channels.
+        limit: where the images are the latents of pictures, what 255 stands for, and 0 for its opposite: they then
+            reach the model in [-limit, limit], and have any number of channels.
         num_timesteps: how many of t = 1 ... T-1 to visit a picture, one drawn from each of so many ranges; the ranges
             grow with t since the terms are largest and change fastest near 0. None visits all of them.
         callback: called after each batch with the number of passes in it; N (1 + num_timesteps) in all.

@@ -107,8 +107,8 @@ def train(config: Config, checkpoint: dict | None) -> None:
         start, _, its_codec, its_config = load_model(config.init, device)
         its = start.config, its_config["types"], its_config["prediction"], its_codec.fingerprint()
         if its != (unet_config, types, config.prediction, codec.fingerprint()):
-            raise ValueError(f"--init {config.init} is of another network (its size, its types, its autoencoder or what "
-                             f"it predicts); give the flags that it was trained with")
+            raise ValueError(f"--init {config.init} is of another network (its size, its types, its autoencoder or "
+                             f"what it predicts); give the flags that it was trained with")
         model.load_state_dict(start.state_dict())
     model.grad_checkpoint = config.grad_checkpoint
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
