@@ -52,7 +52,7 @@ class Config(TrainingConfig):
     width: int = flag(32, "channels at the first level, which has half of the picture's resolution", above=0)
     multipliers: tuple[int, ...] = flag((1, 2), "of the width, one a level; each level halves the resolution")
     edge_weight: float = flag(1.0, "how much the edges count beside the colours", least=0)
-    kl_weight: float = flag(1e-3, "how strongly the latents are held near a standard normal distribution", least=0)
+    kl_weight: float = flag(5e-3, "how strongly the latents are held near a standard normal distribution", least=0)
 
 
 PRESETS = {
@@ -120,7 +120,7 @@ class Coding:
     precision: str
     augment: str = "full"
     edge_weight: float = 1.0
-    kl_weight: float = 1e-3
+    kl_weight: float = 5e-3
 
     def draw(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """For each image: how to augment it [B, 8], and the noise of its latents [B, *shape]."""
