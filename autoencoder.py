@@ -58,7 +58,7 @@ class Config(TrainingConfig):
 PRESETS = {
     "reference": {},
     # Critters at 128 x 128 on a CPU, in time for `train.py --preset latents`.
-    "quick": dict(data="critters", augment="flip", epochs=16, batch_size=4, sample_every=4),
+    "quick": dict(data="critters", augment="flip", epochs=10, batch_size=4, sample_every=5),
 }
 
 

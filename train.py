@@ -76,8 +76,8 @@ PRESETS = {
     "latents": dict(
         data="critters", image_size=128, autoencoder="checkpoints/autoencoder/final_model.pt", augment="flip", width=32,
         multipliers=(1, 2, 4), blocks=1, groups=8, schedule="cosine", prediction="v", loss_weighting="min_snr",
-        epochs=70, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999, sampler="ddpm",
-        sample_steps=100, sample_every=20, num_samples=64, compile="off",
+        epochs=45, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999, sampler="ddpm",
+        sample_steps=100, sample_every=15, num_samples=64, compile="off",
     ),
 }
 
