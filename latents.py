@@ -140,7 +140,7 @@ class Autoencoder(nn.Module):
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and log variance of q(z | image), float32, as the encoder has them: not normalised."""
         mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-20, 10)  # within what exp can take in bfloat16's company
+        return mean, log_variance.clamp(-20, 10)  # so that its exp stays a number, whatever the first steps do
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """For training: the reconstruction from a draw of the posterior, and the posterior's mean and log variance.
