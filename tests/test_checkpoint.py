@@ -14,7 +14,7 @@ import torch
 import checkpoint
 from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint, restore, save_checkpoint
 from forward_diffusion import NoiseScheduler
-from latents import Pixels  # noqa: E402
+from latents import Pixels
 from unet import UNet, UNetConfig
 
 CONFIG = dict(width=8, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
