@@ -133,8 +133,8 @@ class Coding:
 
         The first is the mean absolute error of the colours, plus that of the differences between neighbours, which are
         large at edges and nothing within an area of one colour; DIFFUSION_THEORY.md, section 14, has the measurements
-        that speak for it. The second is the KL divergence of the posterior from a standard normal distribution (Kingma &
-        Welling 2014, appendix B), for each number.
+        that speak for it. The second is the KL divergence of the posterior from a standard normal distribution (Kingma
+        & Welling 2014, appendix B), for each number.
         """
         x, _ = augment(images, mode=self.augment, u=u)
         with autocast(self.device, self.precision):

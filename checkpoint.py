@@ -160,6 +160,8 @@ def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Ad
             shapes = {name: value.shape for name, value in state.items()}
             if shapes != dict(step=torch.Size([]), exp_avg=parameter.shape, exp_avg_sq=parameter.shape):
                 raise ValueError("the memory of other weights")
+            for name in ("exp_avg", "exp_avg_sq"):  # in the weights' own order of memory, on which fused Adam relies:
+                state[name] = torch.empty_like(parameter).copy_(state[name])  # another device has another
         if scaler.is_enabled() and content["scaler"]:  # else this run, or the one before, has no use for one
             scaler.load_state_dict(content["scaler"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -93,7 +93,8 @@ def main() -> None:
                 with tqdm(total=passes, desc=f"{name} {steps}", leave=False) as bar:
                     images = sample_seeds(
                         model, scheduler, range(args.seed, args.seed + args.num_images), config["image_size"], device,
-                        precision, codec=codec, batch_size=BATCH_SIZE, types=types, steps=steps, prediction=config["prediction"],
+                        precision, codec=codec, batch_size=BATCH_SIZE, types=types, steps=steps,
+                        prediction=config["prediction"],
                         callback=lambda *_: bar.update(), **options,
                     )
                 seconds = round(time.monotonic() - began, 1)

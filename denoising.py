@@ -1,8 +1,8 @@
 """What a diffusion model is taught: to see what was drawn under the noise (Ho et al. 2020, algorithm 1).
 
-    task = Denoising(scheduler, prepare, shape=(3, 64, 64), device=device, precision="bf16")
-    drawn = task.draw(16, generator)                     # how to augment, timesteps, noise, whether types are told
-    loss = task.loss(network, images, types, *drawn)     # a number, to be made small
+    denoising = Denoising(scheduler, prepare, shape=(3, 64, 64), device=device, precision="bf16")
+    drawn = denoising.draw(16, generator)                      # how to augment, timesteps, noise, are types told
+    loss = denoising.loss(network, images, types, *drawn)      # a number, to be made small
 """
 
 from __future__ import annotations

@@ -49,6 +49,12 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
+def use_fast_kernels() -> None:
+    """Let CUDA round the inputs of float32 products to TF32, and choose convolutions by trying them."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """A context in which convolutions and matrix products run in the `precision` that `pick_precision` gave."""
     dtype = torch.float16 if precision == "fp16" else torch.bfloat16
@@ -67,10 +73,10 @@ def memory_format(device: torch.device, training: bool = False) -> torch.memory_
 
 
 def peak_memory() -> int:
-    """The most memory that this process has had at a time, in bytes: that of its tensors on the GPU where it uses CUDA,
+    """The most memory that this process has had at a time, in bytes: what PyTorch took of the GPU where it uses CUDA,
     else all of its own; 0 where the system does not tell (Windows)."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_reserved()
     try:
         import resource
     except ImportError:
@@ -124,8 +130,10 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         self.inputs = [x.clone() for x in inputs]
         try:
-            # Only this thread is watched for calls that a graph cannot hold: the one that pins memory may go on.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Only this thread is watched for calls that a graph cannot hold: the one that pins memory may go on. The
+            # outer context brings the stream back where an older PyTorch would not after a failure.
+            with (torch.cuda.stream(torch.cuda.current_stream()),
+                  torch.cuda.graph(graph, capture_error_mode="thread_local")):
                 self.output = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:

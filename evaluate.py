@@ -28,7 +28,8 @@ import report
 from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint
 from copies import Limit, calibrate, feature_distance, nearest, warp, wilson
 from dataset import DataError, ImageFolder, find_images, load_images
-from devices import DEVICES, PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision
+from devices import (DEVICES, PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision,
+                     use_fast_kernels)
 from distances import Score, compare, find_torch_fidelity, inception_distances, sets_to_compare
 from features import FeatureSpace
 from flags import Parser, finite, natural, positive
@@ -77,7 +78,7 @@ def main() -> None:
     try:
         device = pick_device(args.device)
         precision = pick_precision(args.precision, device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        use_fast_kernels()
         if args.fid:
             find_torch_fidelity()  # what is missing should be known before minutes of sampling
         args.output.mkdir(parents=True, exist_ok=True)

@@ -208,7 +208,7 @@ class Autoencoder(nn.Module):
 
         def pick(latents: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             chosen = (is_mirrored(u) & (mode != "none")).long().to(latents.device)
-            return latents[torch.arange(len(latents)), chosen], u.new_zeros(len(u), AUGMENT_DIM)
+            return latents[torch.arange(len(latents), device=latents.device), chosen], u.new_zeros(len(u), AUGMENT_DIM)
 
         return encoded, pick
 

@@ -225,7 +225,10 @@ def carry_out(name: str, jobs: list[Job], minutes: float) -> int:
 def to_go_on(job: Job, name: str) -> list[str]:
     """The command of a job, or that which goes on with a training that was begun."""
     if job.kind == "evaluate":  # whatever became of a milestone, the others can be measured
-        return [word for word in job.command if not word.endswith(".pt") or Path(word).exists()]
+        lost = [word for word in job.command if word.endswith(".pt") and not Path(word).exists()]
+        if lost:
+            print(f"warning: {job.name} does without {', '.join(lost)}, which is not there", file=sys.stderr)
+        return [word for word in job.command if word not in lost]
     if job.kind != "train":
         return job.command
     folder = run_folder("checkpoints", f"{name}/{job.run}")
@@ -259,7 +262,8 @@ def parse_flags():
                         *GROUPS, *KINDS, "nothing"], help="runs, of reference, improved, holdout, ablations or one of "
                         "these two groups, and kinds of work, of train, sample and evaluate; nothing: only write the "
                         "results again (default: everything)")
-    parser.add_argument("--minutes", type=finite, default=0, help="stop after so many, saved; 0: never (default: 0)")
+    parser.add_argument("--minutes", type=finite, default=0, help="stop after so many, saved; 0: never. What is not "
+                        "a training starts over after a stop, and should fit into that time (default: 0)")
     parser.add_argument("--rehearse", action="store_true", help="everything in small, on critters, under the name "
                         "rehearsal")
     parser.add_argument("--name", help="sub-folder of outputs/ and checkpoints/ (default: study)")

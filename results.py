@@ -106,6 +106,8 @@ def markdown(settings: dict, results: dict[str, dict], folder: Path) -> str:
         "## Cost", costs(results)]
     if any(result["samples"] for result in results.values()):
         sections += ["## The last weights, sampler by sampler", samplers(results)]
+    if found := bars(results):
+        sections += ["## What was asked", found]
     for run in LONG:
         if run in results and results[run]["evaluation"]:
             sections += [f"## {run}: {ABOUT[run]}", over_time(results[run]), results[run]["epoch_to_keep"]]
@@ -142,6 +144,23 @@ def samplers(results: dict[str, dict]) -> str:
             for run, result in results.items() for sampler, of in result["samples"].items()]
     return table(["run", "sampler", "samples", "black corners", "collapsed to black", "clean white background",
                   "time, with the start"], rows)
+
+
+def bars(results: dict[str, dict]) -> str:
+    """What was asked of the two long trainings, and whether it was reached."""
+    rows = []
+    for run in LONG[:2]:
+        for sampler, of in results.get(run, {}).get("samples", {}).items():
+            good = of["number"] == GRID and not of["black_corner"] and not of["collapsed"] and of["clean"] >= 62
+            found = f"{of['black_corner']}, {of['collapsed']}, {of['clean']} of {of['number']}"
+            rows.append([f"{run}, `{sampler}`: of {GRID} samples no black corners, no collapse, 62 clean", found,
+                         "yes" if good else "no"])
+    cost = results.get("reference", {}).get("cost")
+    if cost:
+        minutes = cost["seconds"] / 60
+        rows.append(["reference: under 15 minutes on an H200", f"{minutes:.1f} min for {cost['images']:,} images",
+                     "yes" if minutes < 15 else "no"])
+    return table(["asked", "measured", "reached"], rows) if rows else ""
 
 
 def over_time(result: dict) -> str:

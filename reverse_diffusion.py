@@ -295,6 +295,9 @@ def _noise_source(x_T: torch.Tensor, seeds: Sequence[int] | None) -> Callable[[]
 
     def draw() -> torch.Tensor:
         noise = [torch.randn(x_T.shape[1:], generator=generator, dtype=x_T.dtype) for generator in generators]
-        return torch.stack(noise).to(x_T.device)
+        noise = torch.stack(noise)
+        if x_T.is_cuda:  # from pinned memory nothing waits, so the CPU draws while the GPU is at its pass
+            noise = noise.pin_memory()
+        return noise.to(x_T.device, non_blocking=x_T.is_cuda)
 
     return draw

@@ -296,8 +296,8 @@ class Run:
             csv.DictWriter(file, self.columns).writerow(self.history[-1])
 
     def _write_cost(self, path: Path, step: int) -> None:
-        """What the run has taken up to this step, grids and saves included: seconds of all of its sessions, images, and
-        the largest peak of memory in bytes, of the GPU's where there is one."""
+        """What the run has taken up to this step, grids and saves included: seconds of the work that was kept, images,
+        and the largest peak of memory in bytes, of the GPU's where there is one."""
         cost = dict(seconds=round(self.spent + time.monotonic() - self.began, 1), images=step * self.batch_size,
                     peak_memory=max(self.peak, peak_memory()))
         path.write_text(json.dumps(cost) + "\n")

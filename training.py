@@ -23,7 +23,7 @@ from tqdm import tqdm
 from augmentation import AUGMENT_MODES
 from checkpoint import restore
 from dataset import DataError, find_images, held_out_names, image_names, load_images, make_loader
-from devices import COMPILE, PRECISIONS, describe, pick_precision
+from devices import COMPILE, PRECISIONS, describe, pick_precision, use_fast_kernels
 from distributed import Processes
 from runs import (Run, announce_duration, find_run, flag, memory_advice, one_line_errors, parse_flags, run_folder,
                   settle)
@@ -122,7 +122,7 @@ class Training:
         self.processes = Processes()  # this one, unless torchrun has started several
         self.device = self.processes.pick_device(config.device)
         self.precision = pick_precision(config.precision, self.device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        use_fast_kernels()
         self.processes.share(config.batch_size, config.grad_accum)  # can the batch be divided? before the data is read
         self._load_images()
 
@@ -203,6 +203,15 @@ class Training:
         def grid_name() -> str:
             return f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
 
+        def is_milestone() -> bool:
+            epoch, in_epoch = divmod(step, steps_per_epoch)
+            due = epoch % config.milestone_every == 0 or epoch in config.milestones
+            return 0 < step < total_steps and in_epoch == 0 and due
+
+        def save_milestone() -> None:
+            save(f"epoch_{step // steps_per_epoch:04d}.pt")
+            run.keep_milestones(config.keep)
+
         processes.join(device)
         processes.check_same((self.fingerprint, step), "images and checkpoint")
         make_step.begin()
@@ -220,6 +229,8 @@ class Training:
         stop, saved, reported = 0, True, tally[1].item()  # asked to stop? last save worked? skipped steps we spoke of
         if step > 0 and not (run.outputs / grid_name()).exists():
             show_progress()  # a kill came between the save and the grid
+        if is_milestone() and not (run.checkpoints / f"epoch_{step // steps_per_epoch:04d}.pt").exists():
+            save_milestone()  # or the milestone
         if step >= last_step:
             print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to go on")
 
@@ -261,9 +272,11 @@ class Training:
                            skipped=int(skipped))
                 run.log(row | (task.measure(make_step.average) if progress_is_due() else {}))
                 tally[:2] = reported = 0
-                if (epoch % config.milestone_every == 0 or epoch in config.milestones) and step < total_steps:
-                    save(f"epoch_{epoch:04d}.pt")
-                    run.keep_milestones(config.keep)
+                if is_milestone():
+                    # The first latest.pt comes before the first milestone, without which that could not be resumed.
+                    if not (run.checkpoints / "latest.pt").exists():
+                        saved = save_latest()
+                    save_milestone()
             if save_now:
                 saved = save_latest()
             if step == last_step or not stop:

@@ -4,9 +4,9 @@
     step(images, types, number)         # step `number` of the run, counted from 0
     step.tally.tolist()                 # what happened since it was set to 0; this waits for the device
 
-What makes it fast, each where it holds: bfloat16 (devices.py), `torch.compile` where the run is long enough to earn it,
-fused Adam, an average in three kernels, no wait for the device, and on CUDA the whole step as one graph, which the GPU
-repeats without Python.
+What makes it fast, each where it holds: bfloat16 (devices.py), `torch.compile` where the run is long enough to earn
+it, fused Adam, an average in three operations, no wait for the device, and on CUDA the whole step as one graph, which
+the GPU repeats without Python.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class TrainingStep:
         """Have the network compiled, for batches of such images and types; False, with a line that says why, where that
         does not work."""
         self.network = torch.compile(self.wrapped)
+        self.wrapped.require_backward_grad_sync = False  # each process tries alone
         try:  # forward and backward, so that what cannot be compiled is known now
             count = (self.share.stop - self.share.start) // self.config.grad_accum
             images, types = (x[:1].to(self.device).repeat(count, *[1] * (x.ndim - 1)) for x in (images, types))
@@ -104,6 +105,8 @@ class TrainingStep:
             self.loss(self.network, images, types, *(x[:count] for x in drawn)).backward()
         except Exception as error:  # a compiler can be missing, or fail, in more ways than have a name
             print(f"note: torch.compile does not work here ({first_line(error)}); it goes on without")
+            self.network = self.wrapped
+        if self.processes.largest(int(self.network is self.wrapped)):  # it failed in one: then none
             self.network = self.wrapped
         self.optimizer.zero_grad(set_to_none=True)
         self._choose_how_to_run()  # a graph recorded before is of the network as it was
@@ -134,6 +137,7 @@ class TrainingStep:
 
     def _compute(self, images: torch.Tensor, types: torch.Tensor, follow: torch.Tensor, *drawn: torch.Tensor) -> None:
         """The step itself: tensors of the device in, and all of its results in tensors that stay where they are."""
+        self.optimizer.zero_grad(set_to_none=True)  # a recording that failed leaves gradients that were never computed
         parts = self.config.grad_accum
         loss = torch.zeros((), device=self.device)
         for part, inputs in enumerate(zip(*(x.chunk(parts) for x in (images, types, *drawn)))):

@@ -221,8 +221,8 @@ def test_train_refuses_in_one_line(flags, words, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--schedule", "foo"], ["--preset", "foo"], ["--prediction", "foo"], ["--batch_size", "many"], ["--batch_size", "1.5"],
-    ["--lr", "fast"], ["--multipliers"], ["--no_such_flag", "1"],
+    ["--schedule", "foo"], ["--preset", "foo"], ["--prediction", "foo"], ["--batch_size", "many"],
+    ["--batch_size", "1.5"], ["--lr", "fast"], ["--multipliers"], ["--no_such_flag", "1"],
 ])
 def test_a_value_that_no_flag_takes(flags, capsys):
     assert call(train, *flags) == 2

@@ -202,7 +202,8 @@ def test_bad_labels(kind, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
-@pytest.mark.parametrize("kind, why", [("folder", "directory"), ("nowhere", "No such file"), ("missing", "No such file")])
+@pytest.mark.parametrize("kind, why", [("folder", "directory"), ("nowhere", "No such file"),
+                                       ("missing", "No such file")])
 def test_labels_that_are_no_file(kind, why, capsys):
     good_images(Path("mine"))
     if kind == "folder":

@@ -33,20 +33,33 @@ def test_it_prints_a_table_and_writes_all_it_has(monkeypatch, capsys):
     report = json.loads(Path("outputs/benchmark.json").read_text())
     for package in ("diffusers", "denoising-diffusion-pytorch"):
         assert f"{package} is not installed" in said and f"pip install {package}" in said
-    assert list(report["training"]) == list(report["sampling"]) == ["PokeDiff", "plain float32"]
+    assert list(report["training"]) == ["PokeDiff, fp32", "plain loop, fp32"] and list(report["sampling"]) == ["fp32"]
     for figures in report["training"].values():
         assert len(figures["images_per_second"]) == 2 and figures["images_per_second"][0] <= figures["median"]
         assert 0 <= figures["waiting"] < 1 and figures["gflop_step"] > 2 * 4 * figures["gflop_forward"] > 0
         assert figures["of_machine"] == pytest.approx(
             figures["gflop_step"] * 1e9 * figures["median"] / 4 / report["machine"]["fp32"]["flops"], rel=0.5)
-    assert report["training"]["plain float32"]["times_plain"] == 1
-    assert report["sampling"]["PokeDiff"]["ddpm-5"]["passes"] in (1, 2, 3, 4)
-    assert "| plain float32, fp32 |" in said and "| dpm++-3 |" in said
+    assert report["training"]["plain loop, fp32"]["times_plain"] == 1
+    figures, forward = report["sampling"]["fp32"]["ddpm-5"], report["training"]["PokeDiff, fp32"]["gflop_forward"]
+    assert figures["passes"] in (1, 2, 3, 4) and figures["gflop_image"] == pytest.approx(5 * forward)
+    assert "| plain loop, fp32 |" in said and "| dpm++-3 |" in said
+
+
+def test_it_measures_an_autoencoder_s_latents_decoding_included(trained_autoencoder, monkeypatch):
+    autoencoder, = trained_autoencoder.rglob("final_model.pt")
+    monkeypatch.setattr(benchmark, "memory_in_own_process", lambda name: 10**9)
+    assert call(benchmark, *SMALL, "--autoencoder", autoencoder) == 0
+    report = json.loads(Path("outputs/benchmark.json").read_text())
+    forward = report["training"]["PokeDiff, fp32"]["gflop_forward"]
+    decoding = report["sampling"]["fp32"]["ddpm-5"]["gflop_image"] - 5 * forward
+    assert decoding > forward > 0  # of 4 x 4 latents by a tiny network, and of 16 x 16 pixels
+    code = call(benchmark, *SMALL, "--autoencoder", autoencoder, "--against")
+    assert code.startswith("error: ") and "--autoencoder" in code
 
 
 def test_memory_is_measured_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(sys, "argv", [benchmark.__file__, *SMALL])
-    assert 10**8 < benchmark.memory_in_own_process("plain float32") < 10**10
+    assert 10**8 < benchmark.memory_in_own_process("plain loop, fp32") < 10**10
 
 
 def test_the_profile_shows_where_the_time_goes(capsys):

@@ -253,6 +253,25 @@ def test_restore_puts_the_training_back():
         assert all(optimizer.state[p][name].equal(its_optimizer.state[q][name]) for name in optimizer.state[p])
 
 
+def test_a_training_goes_on_the_same_on_a_device_with_another_order_of_memory():
+    """A GPU's channels last, a CPU's planes: fused Adam takes numbers as they lie, so they must lie as the weights do."""
+    def next_step(fused: bool) -> list[torch.Tensor]:
+        model, optimizer = trained(1)
+        state = copy.deepcopy(optimizer.state_dict())
+        for memory in state["state"].values():
+            for name, value in memory.items():
+                memory[name] = value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
+        other = network(2)
+        its_optimizer = torch.optim.Adam(other.parameters(), lr=1e-3, fused=fused)
+        restore("a.pt", dict(model=model.state_dict(), optimizer=state), its_optimizer,
+                torch.amp.GradScaler("cpu", enabled=False), model=other)
+        other(torch.ones(1, 3, 8, 8), torch.tensor([3])).square().sum().backward()
+        its_optimizer.step()
+        return list(other.parameters())
+
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(next_step(True), next_step(False), strict=True))
+
+
 @pytest.mark.parametrize("damage", [
     lambda c: c.pop("model"), lambda c: c.update(model=3), lambda c: c["model"].pop("conv_in.bias"),
     lambda c: c["model"].update({"conv_in.bias": torch.zeros(3)}), lambda c: c["model"].update(more=torch.zeros(1)),

@@ -274,7 +274,7 @@ def test_a_run_of_bad_steps_stops_with_the_last_good_weights_kept(monkeypatch):
     before = Path("checkpoints/latest.pt").read_bytes()
     code = call(train, "--resume", "--epochs", 1000)
     assert code.startswith("error: no finite loss") and "--lr" in code and "float16" in code and "\n" not in code
-    assert len(metrics()) == 2 + training.MAX_SKIPPED / 2 - 1  # it stopped at the end of the epoch that had the last one
+    assert len(metrics()) == 2 + training.MAX_SKIPPED / 2 - 1  # it stopped at the end of the epoch with the last one
     assert Path("checkpoints/latest.pt").read_bytes() == before
 
 
