@@ -4,6 +4,7 @@
     python benchmark.py --width 32 --multipliers 1 2 2 --blocks 1 --groups 8 --image_size 32   # that of --preset quick
     python benchmark.py --compile                              # also with torch.compile
     python benchmark.py --against                              # also other trainers, where they are installed
+    python benchmark.py --alone --image_size 256 --autoencoder checkpoints/autoencoder/final_model.pt --batch_size 2
     python benchmark.py --profile                              # where the time of a step goes, and its floor
 
 Everything is compared with a plain loop: the same network in float32, as one writes it first. All take turns in one
@@ -81,6 +82,7 @@ def compare(unet: UNetConfig, args: argparse.Namespace, device: torch.device, pr
     all_of_them = contenders(precision)
     left_out = [*PEERS.values()] + [Compiled] * (not args.compile)
     names = [name for name, (kind, _) in all_of_them.items() if kind not in left_out]
+    names = names[:1] if args.alone else names
     for package, kind in PEERS.items() if args.against else ():
         try:
             __import__(package.replace("-", "_"))
@@ -129,8 +131,9 @@ def measure_training(contenders: dict[str, Contender], args: argparse.Namespace)
         results[name] = dict(
             images_per_second=speed, median=statistics.median(speed), waiting=statistics.median(waited[name]),
             gflop_forward=forward / 1e9, gflop_step=flops / 1e9, precision=contender.precision,
-            times_plain=statistics.median(a / b for a, b in zip(seconds[YARDSTICK], seconds[name])),
         )
+        if YARDSTICK in seconds:
+            results[name]["times_plain"] = statistics.median(a / b for a, b in zip(seconds[YARDSTICK], seconds[name]))
         if isinstance(contender, Compiled):
             results[name]["compile_seconds"] = contender.compile_seconds
     return results
@@ -171,7 +174,7 @@ def measure_sampling(ours: Ours, args: argparse.Namespace, device: torch.device,
     codec, results = ours.codec, {}
     forward, decoding = flops_of_step(ours, args)[1], flops_of_decoding(codec, args)
     for sampler, steps in SAMPLERS.items():
-        seconds, passes = {precision: [], "fp32": []}, 0
+        seconds, passes = {its: [] for its in ([precision] if args.alone else [precision, "fp32"])}, 0
         for _ in range(args.rounds):
             for its_precision, times in seconds.items():
                 ends = []
@@ -195,7 +198,7 @@ def measure_sampling(ours: Ours, args: argparse.Namespace, device: torch.device,
             results.setdefault(its_precision, {})[f"{sampler}-{steps}"] = dict(
                 images_per_second=speed, median=statistics.median(speed), passes=passes,
                 gflop_image=(steps * forward + decoding) / 1e9,
-                times_fp32=statistics.median(a / b for a, b in zip(seconds["fp32"], times)),
+                times_fp32=statistics.median(a / b for a, b in zip(seconds.get("fp32", times), times)),
             )
     return results
 
@@ -231,7 +234,8 @@ def training_table(results: dict[str, dict]) -> str:
              "| peak memory |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
     for name, figures in results.items():
         compiled = f" in {figures['compile_seconds']:.0f} s" if "compile_seconds" in figures else ""
-        lines.append(f"| {name}{compiled} | {spread(figures)} | {figures['times_plain']:.2f} | "
+        times = f"{figures['times_plain']:.2f}" if "times_plain" in figures else "–"
+        lines.append(f"| {name}{compiled} | {spread(figures)} | {times} | "
                      f"{figures['gflop_forward']:.1f} | {figures['of_machine']:.0%} | {figures['waiting']:.1%} | "
                      f"{figures['peak_memory'] / 1e9:.2f} GB |")
     return "\n".join(lines)
@@ -284,6 +288,7 @@ def parse_flags() -> argparse.Namespace:
                         "sampler is measured (default: 2)")
     parser.add_argument("--seconds", type=positive, default=3, help="then it goes on to its end, or for so long "
                         "(default: 3)")
+    parser.add_argument("--alone", action="store_true", help="measure PokeDiff alone, and compare with nothing")
     parser.add_argument("--compile", action="store_true", help="also measure training with torch.compile")
     parser.add_argument("--against", action="store_true", help="also measure the training of "
                         "denoising-diffusion-pytorch and diffusers, where installed")
