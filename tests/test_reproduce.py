@@ -197,7 +197,9 @@ def test_at_the_deadline_a_script_is_asked_to_stop_and_may_save(monkeypatch):
         "pathlib.Path('ready').touch()\ntime.sleep(60)\n")
     with pytest.raises(subprocess.TimeoutExpired):
         reproduce.run_script(["slow.py"], reproduce.time.monotonic() + 3)
-    assert not Path("ready").exists() or Path("saved").exists()  # a starved machine may not have begun
+    if not Path("ready").exists():
+        pytest.skip("this machine takes more than three seconds to start Python")
+    assert Path("saved").exists()
     Path("quick.py").write_text("import sys; sys.exit(3)")
     assert reproduce.run_script(["quick.py"], None) == 3
 
