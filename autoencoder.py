@@ -1,8 +1,8 @@
 """Train an autoencoder: from pictures to a few numbers each, and back. A diffusion can then learn those.
 
     python autoencoder.py --preset quick                      # critters of 128 x 128, in minutes, on a CPU
-    python autoencoder.py --data my_pictures --image_size 256
-    python train.py --data my_pictures --image_size 256 --autoencoder checkpoints/autoencoder/final_model.pt
+    python autoencoder.py --data my_pictures --image_size 256 --run_name my_autoencoder
+    python train.py --data my_pictures --image_size 256 --autoencoder checkpoints/my_autoencoder/final_model.pt
 
 Nothing is pre-trained: it learns from the same pictures as the diffusion. The network is in latents.py, the loop in
 training.py. Pictures beside their reconstructions, and how near they come in metrics.csv, go to outputs/autoencoder/,
@@ -11,6 +11,7 @@ weights to checkpoints/autoencoder/.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,8 +39,8 @@ MOST_MEASURED = 100  # pictures
 class Config(TrainingConfig):
     """Every setting of an autoencoder's training, with those of training.py."""
 
-    image_size: int = flag(128, "side of the images, in pixels; a multiple of 4, or of 2 to the number of levels",
-                           most=4096)
+    image_size: int = flag(128, "side of the images, in pixels; a multiple of 4, that is, of 2 to the power of the "
+                                "number of levels", most=4096)
     epochs: int = with_default(TrainingConfig, "epochs", 300)
     batch_size: int = with_default(TrainingConfig, "batch_size", 8)
     lr: float = with_default(TrainingConfig, "lr", 2e-3)
@@ -150,14 +151,15 @@ def pictures_to_measure(training: Training) -> tuple[torch.Tensor, str]:
     keeps aside, or fresh critters; else some of the training's."""
     config = training.config
     if training.held_out:
-        aside = set(training.held_out[:MOST_MEASURED])
+        every = math.ceil(len(training.held_out) / MOST_MEASURED)  # spread over all, which are in order of their names
+        aside = set(training.held_out[::every])
         images, kind = load_images(config.data, config.image_size, labels="none", keep=lambda name: name in aside,
                                    num_critters=config.num_critters, seed=config.seed), "pictures kept aside"
     elif config.data == "critters":
         images = load_images("critters", config.image_size, labels="none", num_critters=MOST_MEASURED, seed=FRESH_SEED)
         kind = "fresh critters"
     else:
-        images, kind = training.dataset, "of the training's own pictures (--holdout keeps some aside)"
+        images, kind = training.dataset, "pictures of the training's own (--holdout keeps some aside)"
     some = torch.linspace(0, len(images) - 1, min(len(images), MOST_MEASURED)).round().long().tolist()
     return images.__getitems__(some)[0].float() / 127.5 - 1, kind
 

@@ -140,7 +140,8 @@ def measure_training(contenders: dict[str, Contender], args: argparse.Namespace)
 
 
 def flops_of_step(contender: Contender, args: argparse.Namespace) -> tuple[float, float]:
-    """Floating-point operations of a step, forward and backward, and of one image's forward pass alone."""
+    """Floating-point operations of the network in a step, forward and backward, and in one image's forward pass. (An
+    encoder that runs in each step, in latents with --augment full, is not counted.)"""
     model = copy.deepcopy(contender.model).to("meta")
     x = torch.empty(args.batch_size, *contender.shape, device="meta")
     t = torch.zeros(args.batch_size, dtype=torch.long, device="meta")
@@ -208,7 +209,8 @@ def time_to_decode(ours: Ours, args: argparse.Namespace, precision: str) -> floa
     x_0 = torch.zeros(args.num_images, *ours.shape, device=ours.device)
     started = time.perf_counter()
     with autocast(ours.device, precision):
-        ours.codec.decode(x_0)
+        for few in x_0.split(16):  # as sample_seeds does
+            ours.codec.decode(few)
     synchronize(ours.device)
     return time.perf_counter() - started
 

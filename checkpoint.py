@@ -131,14 +131,25 @@ def load_codec(path: str | Path, device: str | torch.device = "cpu") -> Pixels |
     Raises:
         CheckpointError: as `load_checkpoint` does, and if there is no autoencoder in it, or one in parts.
     """
-    content = load_checkpoint(path) if path else {}
-    saved = content.get("autoencoder")
-    if path and not isinstance(saved, dict):
+    if not path:
+        return make_codec(None)
+    if not Path(path).is_file():
+        raise CheckpointError(f"no autoencoder at {path}; train one with autoencoder.py (for critters: python "
+                              f"autoencoder.py --preset quick)")
+    content = load_checkpoint(path)
+    if not isinstance(content.get("autoencoder"), dict):
         raise CheckpointError(f"{path} holds no autoencoder; choose the checkpoint of an autoencoder.py run")
-    try:  # in its own checkpoint its weights are the averaged ones of the training
-        return make_codec(saved and {"weights": content.get("ema"), **saved}, device)
+    # In its own checkpoint its weights are the averaged ones of the training.
+    return codec_in(path, {"weights": content.get("ema"), **content["autoencoder"]}, device)
+
+
+def codec_in(path: str | Path, saved: dict[str, Any] | None, device: str | torch.device = "cpu"
+             ) -> Pixels | Autoencoder:
+    """What the checkpoint at `path` holds at "autoencoder". Raises CheckpointError if its parts do not fit."""
+    try:
+        return make_codec(saved, device)
     except ValueError as error:
-        raise CheckpointError(f"{path} holds {error}; choose another file") from error
+        raise CheckpointError(f"{path} has an autoencoder that cannot be used ({error}); choose another") from error
 
 
 def restore(path: str | Path, content: dict[str, Any], optimizer: torch.optim.Adam, scaler: torch.amp.GradScaler,

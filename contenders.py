@@ -30,7 +30,7 @@ STEPS = 1_000_000  # of a run that has no end in sight
 
 
 class Contender:
-    """A network, and a loop that trains it on 256 critters, which are in memory and augmented anew each time."""
+    """A network, and a loop that trains it on 256 critters, which are in memory and augmented as in training."""
 
     def __init__(self, unet: UNetConfig, args: argparse.Namespace, device: torch.device, precision: str):
         self.args, self.device, self.precision, self.done = args, device, precision, 0

@@ -270,9 +270,8 @@ def measure_bits(model, scheduler, codec, config: dict, data: Data, args, device
                   dynamic_ncols=True) as bar:
             bounds[name] = variational_bound(
                 network, scheduler, as_bytes(images[chosen]), limit=codec.limit, prediction=config["prediction"],
-                batch_size=args.batch_size,
                 types=None if types is None else types[chosen], num_timesteps=args.likelihood_steps, seed=args.seed,
-                device=device, callback=bar.update,
+                batch_size=args.batch_size, device=device, callback=bar.update,
             )
         bound, details[name] = bounds[name], png_bits(images[chosen])
         run["figures"][f"bits_{name}"] = of_score(Score(bound.mean, bound.stderr))

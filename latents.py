@@ -31,7 +31,7 @@ Prepared = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tens
 class Pixels:
     """The pictures themselves."""
 
-    channels, factor, limit = 3, 1, 1.0  # limit: no number of an x_0 is larger
+    channels, factor, limit = 3, 1, 1.0  # limit: where a sampler keeps x_0
     notes = ()  # what to know of the bits that evaluate.py measures
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
@@ -158,7 +158,8 @@ class Autoencoder(nn.Module):
         chosen = torch.linspace(0, len(dataset) - 1, min(most, len(dataset))).round().long()
         for indices in tqdm(chosen.split(32), desc="measuring latents", unit="batch", delay=2, leave=False):
             images, _ = augment(dataset.__getitems__(indices.tolist())[0].to(device), mode="none")
-            with autocast(device, precision):
+            # Each process measures for itself, and all must find the same: no choice of kernels by trying them.
+            with autocast(device, precision), torch.backends.cudnn.flags(enabled=True, deterministic=True):
                 means.append(self.posterior(images)[0])
                 psnrs.append(psnr(self.decoder(means[-1]).float().clamp(-1, 1), images))
         means = torch.cat(means)
@@ -199,12 +200,13 @@ class Autoencoder(nn.Module):
         if mode not in ("none", "flip") or dataset.images is None:
             return dataset, encode
 
-        both = []  # [n, 2, channels, h, w] of each batch: pictures as they are, and their mirror images
-        ways = torch.tensor([[0.99], [0.0]], device=device).expand(-1, 8)  # what `augment` does is decided by these
-        for images in tqdm(dataset.images.split(32), desc="encoding", unit="batch", delay=2, leave=False):
-            both.append(torch.stack([encode(images, u.expand(len(images), 8))[0].cpu() for u in ways], dim=1))
+        # Pictures as they are and, where they are wanted, their mirror images: what `augment` does is decided by these.
+        ways = torch.tensor([[0.99], [0.0]][: 1 + (mode == "flip")], device=device).expand(-1, 8)
         encoded = copy.copy(dataset)
-        encoded.images = torch.cat(both)
+        encoded.images = torch.empty(len(dataset), len(ways), *self.shape(dataset.image_size))
+        for part in tqdm(torch.arange(len(dataset)).split(32), desc="encoding", unit="batch", delay=2, leave=False):
+            for way, u in enumerate(ways):
+                encoded.images[part, way] = encode(dataset.images[part], u.expand(len(part), 8))[0].cpu()
 
         def pick(latents: torch.Tensor, u: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             chosen = (is_mirrored(u) & (mode != "none")).long().to(latents.device)
@@ -216,7 +218,7 @@ class Autoencoder(nn.Module):
         return dict(config=asdict(self.config), weights=self.state_dict())
 
     def fingerprint(self) -> str:
-        """Of its weights, but not of what `measure` found."""
+        """Of its weights, but not of what `measure` found: --init may go on with other pictures, a little rescaled."""
         weights = b"".join(part.detach().float().cpu().numpy().tobytes() for part in self.parameters())
         return hashlib.sha256(weights).hexdigest()
 

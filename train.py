@@ -18,13 +18,12 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-from checkpoint import load_codec, load_model
+from checkpoint import codec_in, load_codec, load_model
 from denoising import Denoising
 from devices import memory_format
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
-from latents import make_codec
 from reverse_diffusion import SAMPLERS, sample_seeds
-from runs import flag
+from runs import flag, run_folder
 from training import Training, TrainingConfig, command
 from training_step import Task
 from unet import UNet, UNetConfig, count_parameters, default_multipliers
@@ -90,7 +89,10 @@ def train(config: Config, checkpoint: dict | None) -> None:
     """Teach a U-Net to denoise the images: what it is taught is in denoising.py, and the loop in training.py."""
     if config.zero_terminal_snr and config.prediction == "eps":
         raise ValueError("--zero_terminal_snr needs --prediction v or x0: of noise alone, the noise tells nothing")
-    codec = load_codec(config.autoencoder) if checkpoint is None else make_codec(checkpoint.get("autoencoder"))
+    if checkpoint is None:
+        codec = load_codec(config.autoencoder)
+    else:
+        codec = codec_in(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint.get("autoencoder"))
     config.multipliers = config.multipliers or default_multipliers(codec.shape(config.image_size)[-1])
     unet_config = UNetConfig(
         width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,

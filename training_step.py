@@ -34,8 +34,8 @@ class Task:
     Attributes:
         model: the network, on its device.
         draw: (batch size B, generator) -> all random tensors of a step, [B, ...] each, on the generator's device.
-        loss: (network, images uint8 [b, 3, S, S], types uint8 [b, K], *drawn) -> the mean loss, for part of a batch and
-            the same part of what was drawn for it. It calls `network` as it would `model`.
+        loss: (network, images as the data set has them, types uint8 [b, K], *drawn) -> the mean loss, for part of a
+            batch and the same part of what was drawn for it. It calls `network` as it would `model`.
         picture: (network, path): writes a picture of what the averaged network can do.
         measure: (network) -> figures of it by the names in `measures`, which metrics.csv gets with each picture.
         content: what a checkpoint must hold to rebuild all this, besides the weights.
@@ -118,7 +118,7 @@ class TrainingStep:
         self.compute = Recorded(self._compute) if recordable else self._compute
 
     def __call__(self, images: torch.Tensor, types: torch.Tensor, number: int) -> None:
-        """Make step `number` with this process's share of its batch, images uint8 [b, 3, S, S] and types [b, K].
+        """Make step `number` with this process's share of its batch: images as the data set has them, types [b, K].
 
         All randomness of a step comes from the seed and its number, so that a resumed run repeats it exactly. It is
         drawn for the whole batch, of which this process takes its share: that costs little next to the network, and

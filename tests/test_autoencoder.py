@@ -1,6 +1,6 @@
 """autoencoder.py: its loss and measures against what is known, and its training through the command line."""
 
-import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import train
 from autoencoder import Coding, ssim
 from checkpoint import load_checkpoint, load_codec
 from latents import Autoencoder, AutoencoderConfig, psnr
+from runs import check_range
 from scripts import TINY_AUTOENCODER, assert_one_line, assert_same_run, call, metrics
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -134,6 +135,7 @@ def test_its_run_is_none_of_train_py(trained_autoencoder, monkeypatch, capsys):
     assert_one_line(call(train, "--resume", "--run_name", "autoencoder"), capsys, "cannot be resumed")
 
 
-def test_the_presets_are_settings():
+def test_the_presets_are_within_their_ranges():
     for preset in autoencoder.PRESETS.values():
-        assert math.isfinite(autoencoder.Config(**preset).lr)
+        for setting in fields(config := autoencoder.Config(**preset)):
+            check_range(setting, getattr(config, setting.name))

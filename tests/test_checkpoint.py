@@ -254,7 +254,7 @@ def test_restore_puts_the_training_back():
 
 
 def test_a_training_goes_on_the_same_on_a_device_with_another_order_of_memory():
-    """A GPU's channels last, a CPU's planes: fused Adam takes numbers as they lie, so they must lie as the weights do."""
+    """A GPU's channels last, a CPU's planes: fused Adam takes numbers as they lie, so they must lie as weights do."""
     def next_step(fused: bool) -> list[torch.Tensor]:
         model, optimizer = trained(1)
         state = copy.deepcopy(optimizer.state_dict())

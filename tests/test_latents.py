@@ -84,12 +84,13 @@ def test_latents_that_are_kept_are_those_of_the_augmented_pictures(weights, data
     prepared, to_x_0 = codec.prepare(dataset, mode, "fp32")
     assert (prepared is dataset) == (mode == "full") and len(prepared) == 10 and dataset.images.dtype == torch.uint8
     chosen, u = [7, 2, 2, 9], torch.rand(4, 8, generator=torch.Generator().manual_seed(1))
+    u[:, 0] = torch.tensor([0.2, 0.7, 0.2, 0.7])  # picture 2 as it is, and mirrored
     x_0, told = to_x_0(prepared.__getitems__(chosen)[0], u)
     x, its_told = augment(dataset.images[chosen], mode=mode, u=u)
     assert told.equal(its_told)
     assert torch.allclose(x_0, codec.encode(x), atol=1e-5)
     if mode == "flip":
-        assert not x_0[1].equal(x_0[2]) or (u[1, 0] < 0.5) == (u[2, 0] < 0.5)
+        assert not x_0[1].equal(x_0[2])
 
 
 def test_pictures_that_are_not_in_memory_are_encoded_as_they_come(weights):
@@ -137,7 +138,7 @@ def test_a_sample_at_256_costs_less_than_an_eighth():
                 assert codec.decode(x_t).shape == (1, 3, 256, 256)
         return 50 * step.get_total_flops() + decoding.get_total_flops()
 
-    assert 8 * flop(Autoencoder) < flop(Pixels)
+    assert 16 * flop(Autoencoder) < 1.01 * flop(Pixels)  # a sixteenth, and the decoder, less what attention saves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def test_a_latent_model_with_an_autoencoder_that_does_not_fit(final, capsys):
 def test_files_that_are_something_else(weights, final, trained, capsys):
     pixels = trained / "checkpoints/final_model.pt"
     assert_one_line(call(train, *TINY, "--autoencoder", pixels), capsys, "no autoencoder", str(pixels))
-    assert_one_line(call(train, *TINY, "--autoencoder", "none.pt"), capsys, "none.pt")
+    assert_one_line(call(train, *TINY, "--autoencoder", "none.pt"), capsys, "none.pt", "autoencoder.py")
     for script in (generate, evaluate):
         assert_one_line(call(script, "--checkpoint", weights), capsys, "no diffusion model", str(weights))
     line = call(train, *FLIP, "--init", pixels, "--autoencoder", weights)
