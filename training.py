@@ -305,10 +305,10 @@ class Training:
 def compiling_pays(seconds_left: float, device: torch.device) -> bool:
     """Is a run of so many more seconds so long that compiling saves twice the time that it takes?
 
-    On two cores of a CPU compiling the reference network took 100 to 130 s and made its steps about 7 % faster
+    On two cores of a CPU compiling the reference network took 100 to 130 s and its steps were no faster
     (`benchmark.py --compile`). For CUDA both numbers are guesses.
     """
-    takes, saves = 120, {"cpu": 0.07, "cuda": 0.2}
+    takes, saves = 120, {"cuda": 0.2}
     return seconds_left * saves.get(device.type, 0.0) > 2 * takes
 
 
