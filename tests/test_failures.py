@@ -136,9 +136,27 @@ def test_keep_limits_the_milestones():
     assert sorted(path.name for path in Path("checkpoints").glob("*.pt")) == [
         "epoch_0004.pt", "epoch_0005.pt", "final_model.pt", "latest.pt"]
     assert call(train, "--resume", "--epochs", 8, "--keep", 0) == 0
-    assert len(runs.milestones(Path("checkpoints"))) == 3  # and epoch_0007.pt
+    kept = [path.stem for path in runs.milestones(Path("checkpoints"))]
+    assert kept == ["epoch_0004", "epoch_0005", "epoch_0006", "epoch_0007"]  # as eight epochs without a stop leave
     Path("checkpoints/epoch_10000.pt").touch()
     assert [path.name for path in runs.milestones(Path("checkpoints"))][-1] == "epoch_10000.pt"  # by number, not name
+
+
+def test_a_kill_at_the_first_milestone_leaves_a_run_that_goes_on(monkeypatch):
+    """latest.pt is there before the milestone, and a milestone that was not reached is written on resume."""
+    save = runs.Run.save
+
+    def die_at_the_milestone(run, name, **content):
+        if name == "epoch_0001.pt":
+            raise KeyboardInterrupt
+        return save(run, name, **content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Run, "save", die_at_the_milestone)
+        assert call(train, *TINY, "--milestone_every", 1) == 130
+    assert [path.name for path in Path("checkpoints").glob("*.pt")] == ["latest.pt"]
+    assert call(train, "--resume") == 0
+    assert [path.stem for path in runs.milestones(Path("checkpoints"))] == ["epoch_0001", "epoch_0002"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
