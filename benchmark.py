@@ -244,12 +244,15 @@ def training_table(results: dict[str, dict]) -> str:
 
 
 def sampling_table(results: dict[str, dict]) -> str:
-    precision, *_, fp32 = list(results) * 2  # of which there may be one
-    lines = [f"| sampling | images/s, {precision} | images/s, {fp32} | ratio | GFLOP an image | passes timed |",
-             "| --- |" + " ---: |" * 5]
+    precision, *fp32 = results
+    head = ["sampling", *(f"images/s, {name}" for name in results), *["ratio"] * len(fp32), "GFLOP an image",
+            "passes timed"]
+    lines = [f"| {' | '.join(head)} |", "| --- |" + " ---: |" * (len(head) - 1)]
     for sampler, figures in results[precision].items():
-        lines.append(f"| {sampler} | {spread(figures)} | {spread(results[fp32][sampler])} | "
-                     f"{figures['times_fp32']:.2f} | {figures['gflop_image']:,.0f} | {figures['passes']} |")
+        cells = [sampler, *(spread(results[name][sampler]) for name in results),
+                 *[f"{figures['times_fp32']:.2f}"] * len(fp32), f"{figures['gflop_image']:,.0f}",
+                 str(figures["passes"])]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
