@@ -30,8 +30,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from augmentation import AUGMENT_MODES
 from checkpoint import CheckpointError, load_codec
 from contenders import PEERS, YARDSTICK, Compiled, Contender, Ours, contenders
-from devices import (DEVICES, PRECISIONS, Recorded, autocast, describe, memory_format, peak_memory, pick_device,
-                     pick_precision, use_fast_kernels)
+from devices import (Recorded, autocast, describe, memory_format, peak_memory, pick_device, pick_precision,
+                     use_fast_kernels)
 from flags import Parser, positive
 from profiling import Rates, as_table, machine_rates, profile, synchronize
 from reverse_diffusion import sample_seeds
@@ -227,8 +227,8 @@ def flops_of_decoding(codec, args: argparse.Namespace) -> float:
 
 def spread(figures: dict) -> str:
     """The median with the smallest and the largest."""
-    low, *_, high = figures["images_per_second"]
-    return f"{figures['median']:.3g} ({low:.3g} ... {high:.3g})"
+    speeds = figures["images_per_second"]  # from the smallest
+    return f"{figures['median']:.3g} ({speeds[0]:.3g} ... {speeds[-1]:.3g})"
 
 
 def training_table(results: dict[str, dict]) -> str:
@@ -300,9 +300,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="instead: where the time of a training step goes")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark.json"), help="all that was measured "
                         "(default: outputs/benchmark.json)")
-    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: auto)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of PokeDiff's arithmetic "
-                        "(default: auto)")
+    parser.add_device_flags()
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     return parser.parse_args()
 

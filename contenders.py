@@ -69,7 +69,7 @@ class Ours(Contender):
         self.model.to(memory_format=memory_format(device, training=True))
         denoising = Denoising(self.scheduler, self.prepare, self.shape, device, precision)
         config = SimpleNamespace(batch_size=args.batch_size, grad_accum=1, lr=1e-4, lr_schedule="constant", seed=0,
-                                 warmup_steps=0, clip_grad=1.0, ema_decay=0.9999, image_size=args.image_size)
+                                 warmup_steps=0, clip_grad=1.0, ema_decay=0.9999)
         task = Task(self.model, denoising.draw, denoising.loss, lambda average, path: None)
         self.make_step = TrainingStep(task, config, device, precision, Processes(), STEPS)
         self.make_step.begin()

@@ -28,8 +28,7 @@ import report
 from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint
 from copies import Limit, calibrate, feature_distance, nearest, warp, wilson
 from dataset import DataError, ImageFolder, find_images, load_images
-from devices import (DEVICES, PRECISIONS, autocast, describe, memory_format, pick_device, pick_precision,
-                     use_fast_kernels)
+from devices import autocast, describe, memory_format, pick_device, pick_precision, use_fast_kernels
 from distances import Score, compare, find_torch_fidelity, inception_distances, sets_to_compare
 from features import FeatureSpace
 from flags import Parser, finite, natural, positive
@@ -398,9 +397,7 @@ def parse_flags():
     parser.add_argument("--batch_size", type=positive, default=64, help="images at a time (default: 64)")
     parser.add_argument("--output", type=Path, default=Path("outputs/evaluation"), help="folder for the report "
                         "(default: outputs/evaluation)")
-    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: auto)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the network's arithmetic "
-                        "(default: auto)")
+    parser.add_device_flags()
     args = parser.parse_args()
     if args.samples and args.checkpoint and len(args.checkpoint) > 1:
         parser.error("--samples goes with one --checkpoint or none")

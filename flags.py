@@ -9,12 +9,20 @@ from __future__ import annotations
 import argparse
 import math
 
+from devices import DEVICES, PRECISIONS
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line; the list of all flags, which `--help` prints, would bury them."""
 
     def error(self, message: str) -> None:
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def add_device_flags(self) -> None:
+        """--device and --precision, for pick_device and pick_precision of devices.py."""
+        self.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: auto)")
+        self.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the network's arithmetic; auto "
+                          "is bf16 where the device has it (default: auto)")
 
 
 def natural(text: str) -> int:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import CheckpointError, load_model, newest_checkpoint
 from dataset import decode_image, reason
-from devices import DEVICES, PRECISIONS, describe, pick_device, pick_precision
+from devices import describe, pick_device, pick_precision
 from flags import Parser, finite, fraction, natural, positive, strength
 from forward_diffusion import NoiseScheduler
 from labels import multi_hot, parse_types
@@ -245,9 +245,7 @@ def parse_flags() -> argparse.Namespace:
                         "same name (default: outputs/generated.png)")
     parser.add_argument("--individual", action="store_true", help="also write one PNG an image")
     parser.add_argument("--scale", type=positive, default=1, help="enlarge each pixel so many times (default: 1)")
-    parser.add_argument("--device", default="auto", help=f"{', '.join(DEVICES)}, cuda:1, ... (default: auto)")
-    parser.add_argument("--precision", choices=PRECISIONS, default="auto", help="of the network's arithmetic; auto is "
-                        "bf16 where the device has it (default: auto)")
+    parser.add_device_flags()
     args = parser.parse_args()
     if args.output.suffix.lower() not in LONGEST_SIDE.keys() - {".gif"}:
         parser.error(f"--output must end in .png, .jpg or .webp, not {args.output}")

@@ -190,10 +190,13 @@ class Training:
                         scaler=scaler.state_dict(), tally=tally.cpu(), history=history, num_images=len(dataset),
                         fingerprint=self.fingerprint)
 
-        def progress_is_due() -> bool:
+        def ends_one_of(every: int) -> bool:
+            """Does this step end an epoch of those that come so often, or of --milestones?"""
             epoch, in_epoch = divmod(step, steps_per_epoch)
-            due = epoch % config.sample_every == 0 or epoch in config.milestones
-            return step == last_step or (in_epoch == 0 and due)
+            return in_epoch == 0 and (epoch % every == 0 or epoch in config.milestones)
+
+        def progress_is_due() -> bool:
+            return step == last_step or ends_one_of(config.sample_every)
 
         def show_progress() -> None:
             if progress_is_due():
@@ -204,9 +207,7 @@ class Training:
             return f"generated_epoch_{math.ceil(step / steps_per_epoch):04d}.png"
 
         def is_milestone() -> bool:
-            epoch, in_epoch = divmod(step, steps_per_epoch)
-            due = epoch % config.milestone_every == 0 or epoch in config.milestones
-            return 0 < step < total_steps and in_epoch == 0 and due
+            return 0 < step < total_steps and ends_one_of(config.milestone_every)
 
         def save_milestone() -> None:
             save(f"epoch_{step // steps_per_epoch:04d}.pt")

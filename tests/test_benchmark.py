@@ -53,7 +53,7 @@ def test_it_measures_an_autoencoder_s_latents_decoding_included(trained_autoenco
     forward = report["training"]["PokeDiff, fp32"]["gflop_forward"]
     decoding = report["sampling"]["fp32"]["ddpm-5"]["gflop_image"] - 5 * forward
     assert decoding > forward > 0  # of 4 x 4 latents by a tiny network, and of 16 x 16 pixels
-    assert call(benchmark, *SMALL, "--alone") == 0
+    assert call(benchmark, *SMALL, "--alone", "--rounds", 1) == 0
     assert list(json.loads(Path("outputs/benchmark.json").read_text())["training"]) == ["PokeDiff, fp32"]
     code = call(benchmark, *SMALL, "--autoencoder", autoencoder, "--against")
     assert code.startswith("error: ") and "--autoencoder" in code

@@ -19,7 +19,7 @@ from unet import UNet, UNetConfig
 CPU, SIZE, BATCH = torch.device("cpu"), 16, 4
 SCHEDULER = NoiseScheduler(50)
 CONFIG = SimpleNamespace(batch_size=BATCH, grad_accum=1, lr=1e-3, lr_schedule="cosine", warmup_steps=2, clip_grad=0.05,
-                         ema_decay=0.99, seed=3, image_size=SIZE)
+                         ema_decay=0.99, seed=3)
 
 
 def network() -> UNet:
