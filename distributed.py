@@ -62,7 +62,10 @@ class Processes:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
 
     def leave(self) -> None:
+        """Part from the others once all have come here: torchrun ends the first, which may still be writing, if one of
+        the others ends badly before it."""
         if self.size > 1:
+            self.largest(0)
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -360,7 +360,13 @@ def one_line_errors() -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(silence))
         try:
             yield
+            if processes.size > 1:
+                end_now(0)
             return
+        except SystemExit as stopped:
+            if processes.size > 1 and isinstance(stopped.code, int):
+                end_now(stopped.code)
+            raise
         except (ValueError, DataError, CheckpointError, OSError) as error:
             message = f"error: {printable(error)}"
         except KeyboardInterrupt:
@@ -375,8 +381,16 @@ def one_line_errors() -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(5)
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1)  # no waiting for messages of processes that are no more
+    print(message, file=sys.stderr)
+    end_now(1)
+
+
+def end_now(status: int) -> NoReturn:
+    """End one of several processes, whose threads may wait for processes that are no more, or still let go of what they
+    have sent: an interpreter that takes itself apart meanwhile can hang, or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager

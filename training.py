@@ -286,11 +286,11 @@ class Training:
                 break
 
         bar.close()
-        processes.leave()
         if not saved:
             raise OSError(f"the training stands at step {step:,} but could not be saved; {run.checkpoints}/latest.pt "
                           f"is from before. Make room, and --resume repeats the steps since then, to the same result")
         if stop and step < last_step:
+            processes.leave()
             name = f" --run_name {config.run_name}" if config.run_name else ""
             print(f"stopped at step {step:,} of {last_step:,} and saved; go on with: python "
                   f"{Path(sys.argv[0]).name} --resume{name}")
@@ -298,6 +298,7 @@ class Training:
         if not save("final_model.pt"):
             raise OSError(f"the training is done, but {run.checkpoints}/final_model.pt could not be written. Make "
                           f"room, and --resume writes it")
+        processes.leave()
         if step > first_step:
             print(f"done: {run.outputs}/{grid_name()} shows {task.shows}; {task.next_command} "
                   f"{run.checkpoints}/final_model.pt")
