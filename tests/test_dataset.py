@@ -4,8 +4,6 @@
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-import dataset as data  # noqa: E402
-from dataset import (DataError, ImageFolder, ShuffledBatches, decode_image, find_images,  # noqa: E402
-                     make_loader)
+import dataset as data
+from dataset import DataError, ImageFolder, ShuffledBatches, decode_image, find_images, make_loader
+from scripts import assert_one_line, call
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -293,16 +288,15 @@ def test_from_array():
             ImageFolder.from_array(wrong)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "images", 3)
     (tmp_path / "images/bad.jpg").touch()
-    command = [sys.executable, str(ROOT / "dataset.py")]
-    done = subprocess.run(command + ["images", "--image_size", "16"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and "3 images" in done.stdout and "1 files left out" in done.stdout
-    assert Image.open(tmp_path / "outputs/augmentation.png").size == (8 * 18, 8 * 18)
-    done = subprocess.run(command + ["missing"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("error: no folder missing")
-    assert len(done.stderr.strip().splitlines()) == 1
+    assert call(data, "images", "--image_size", 16) == 0
+    said = capsys.readouterr().out
+    assert "3 images" in said and "1 files left out" in said
+    assert Image.open("outputs/augmentation.png").size == (8 * 18, 8 * 18)
+    assert_one_line(call(data, "missing"), capsys, "no folder missing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

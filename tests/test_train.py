@@ -1,11 +1,10 @@
 """train.py as people use it: through its command line, in a folder of their own.
 
-Most tests call main() in this process, since a new one takes seconds to import torch. A few start the real command.
+The tests call main() in this process, since a new one takes seconds to import torch. test_resume.py and test_bad_input.py start the real command.
 """
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,7 +23,7 @@ import unet
 from checkpoint import load_checkpoint
 from forward_diffusion import NoiseScheduler
 from reverse_diffusion import sample_seeds
-from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, pictures
+from scripts import TINY, assert_one_line, assert_same_run, call, metrics, pictures
 from unet import UNetConfig
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -260,10 +259,3 @@ def test_init_starts_from_the_average_of_another_run(final, capsys):
     for flags in (["--width", 16], ["--labels", "none"], ["--prediction", "v"]):
         code = call(train, *TINY, "--init", final, "--run_name", "other", *flags)
         assert_one_line(code, capsys, "--init", str(final), "of another network")
-
-
-def test_the_real_command_prints_the_line_and_fails():
-    done = subprocess.run([sys.executable, ROOT / "train.py", *TINY, "--data", "nowhere"], capture_output=True,
-                          text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr
