@@ -68,7 +68,7 @@ def individual(checkpoint: Path, name: str, *flags) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_seed_gives_its_picture_whatever_the_batch(conditional, sampler, precision):
     """To the last bit: alone, among 64, and with batches of 1, 7 and 64."""
-    eta = ["--eta", 1] if sampler == "ddim" else []
+    eta = [] if sampler == "ddpm" else ["--eta", 1]
     flags = ["--sampler", sampler, "--steps", 3, "--precision", precision, "--types", "fire water", *eta]
     all_of_them = individual(conditional, "all", *flags, "--num_images", 64)
     assert len(np.unique([picture.tobytes() for picture in all_of_them.values()])) == 64
@@ -173,9 +173,9 @@ def test_init_image(unconditional):
     (["--guidance", "2"], ["--guidance", "--types", "fire, flying, water"]),
     (["--steps", "61"], ["1 ... 60", "61"]),
     (["--interpolate", "1", "2", "--sampler", "ddpm"], ["--sampler dpm++"]),
-    (["--interpolate", "1", "2", "--sampler", "ddim", "--eta", "0.5"], ["--eta 0"]),
+    (["--interpolate", "1", "2", "--sampler", "ddim", "--eta", "0.5"], ["without --eta"]),
     (["--init_image", "missing.png"], ["missing.png"]),
-    (["--eta", "0.5", "--sampler", "dpm++"], ["--eta", "--sampler ddim"]),
+    (["--eta", "0.5", "--sampler", "ddpm"], ["--eta", "--sampler ddim and dpm++"]),
     (["--variance", "beta", "--sampler", "ddim"], ["--variance", "--sampler ddpm"]),
     (["--scale", "4000", "--output", "a.webp"], ["a.webp", "--scale"]),
 ])

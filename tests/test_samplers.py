@@ -12,7 +12,8 @@ from reverse_diffusion import posterior, sample, trailing_timesteps
 
 EVERY = [  # sampler, eta, variance
     ("ddpm", 0.0, "beta_tilde"), ("ddpm", 0.0, "beta"), ("ddim", 0.0, "beta_tilde"), ("ddim", 0.5, "beta_tilde"),
-    ("ddim", 1.0, "beta_tilde"), ("dpm++", 0.0, "beta_tilde"),
+    ("ddim", 1.0, "beta_tilde"), ("dpm++", 0.0, "beta_tilde"), ("dpm++", 0.5, "beta_tilde"),
+    ("dpm++", 1.0, "beta_tilde"),
 ]
 DETERMINISTIC = [("ddim", 1), ("dpm++", 2)]  # and their orders
 
@@ -72,7 +73,7 @@ def test_each_variance_is_exact_where_theory_says_so(monkeypatch, steps, schedul
     normal = law(monkeypatch, scheduler, 0 * MEAN, 0 * STD + 1, steps=steps, sampler="ddpm", variance="beta")
     for s, _, variance in normal[:-1]:  # the last step gives the mean instead
         torch.testing.assert_close(variance, torch.ones_like(MEAN), rtol=0, atol=1e-10)
-    for sampler, eta in (("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("ddim", 1), ("dpm++", 0)):
+    for sampler, eta in (("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("ddim", 1), ("dpm++", 0), ("dpm++", 1)):
         for s, mean, variance in law(monkeypatch, scheduler, MEAN, 0 * STD, steps=steps, sampler=sampler, eta=eta):
             abar = scheduler.alpha_bar(s)
             torch.testing.assert_close(mean, abar**0.5 * MEAN, rtol=0, atol=1e-10)
@@ -98,6 +99,7 @@ def test_the_true_variance_of_a_step_lies_between_the_two(t, s):
     (dict(sampler="ddim", eta=0.5), None, 0.022),
     (dict(sampler="ddim"), 50, 0.26), (dict(sampler="ddim"), 500, 0.033),
     (dict(sampler="dpm++"), 50, 0.22), (dict(sampler="dpm++"), 500, 0.007),
+    (dict(sampler="dpm++", eta=1.0), 50, 0.24), (dict(sampler="dpm++", eta=1.0), 500, 0.005),
 ])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_spread_comes_back(monkeypatch, schedule, options, steps, allowance):
@@ -163,17 +165,27 @@ def test_few_steps_of_second_order_stay_calm(schedule, steps):
     assert ((images - MEAN).abs() / STD).max() < 5
 
 
-def test_dpm_solver_against_the_paper():
-    """One step of the multistep solver written as in Lu et al. (2022), algorithm 2, with h, r and e^-h."""
+@pytest.mark.parametrize("eta", [0, 1])
+def test_dpm_solver_against_the_paper(monkeypatch, eta):
+    """Steps of the multistep solver written as in Lu et al. (2022), with h, r and e^-h: algorithm 2 for eta = 0, and
+    for eta = 1 their SDE-DPM-Solver++(2M), section 5, with the same noise."""
     scheduler, T, times = NoiseScheduler(schedule="cosine"), 600, [599, 399, 199]
     network, x, seen = exact(scheduler, "x0"), start(3), []
-    sample(network, scheduler, x, sampler="dpm++", steps=3, prediction="x0", start=T - 1, clip=False,
+    z = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1), dtype=x.dtype)
+    monkeypatch.setattr(reverse_diffusion, "_noise_source", lambda x_T, seeds, noise=iter(z): lambda: next(noise))
+    sample(network, scheduler, x, sampler="dpm++", eta=eta, steps=3, prediction="x0", start=T - 1, clip=False,
            callback=lambda i, x_s, x_0: seen.append(x_s))
     a, sigma = [scheduler.alpha_bar(t) ** 0.5 for t in times], [(1 - scheduler.alpha_bar(t)) ** 0.5 for t in times]
     lam = [math.log(p / q) for p, q in zip(a, sigma)]
+    h = [None, lam[1] - lam[0], lam[2] - lam[1]]
     answers = [network(x_t, torch.full((3,), t)) for x_t, t in zip([x] + seen, times)]
-    first = sigma[1] / sigma[0] * x - a[1] * math.expm1(lam[0] - lam[1]) * answers[0]
-    r = (lam[1] - lam[0]) / (lam[2] - lam[1])
-    D = (1 + 1 / (2 * r)) * answers[1] - 1 / (2 * r) * answers[0]
-    second = sigma[2] / sigma[1] * first - a[2] * math.expm1(lam[1] - lam[2]) * D
+
+    def step(x_t, D, i):  # the stochastic one has e^-h before x_t, e^-2h in the other places
+        to_new = 1 - math.exp(-(1 + eta) * h[i])
+        return (sigma[i] / sigma[i - 1] * math.exp(-eta * h[i]) * x_t + a[i] * to_new * D
+                + eta * sigma[i] * to_new**0.5 * z[i - 1])
+
+    first = step(x, answers[0], 1)
+    r = h[1] / h[2]
+    second = step(first, (1 + 1 / (2 * r)) * answers[1] - 1 / (2 * r) * answers[0], 2)
     torch.testing.assert_close(torch.stack(seen), torch.stack([first, second, answers[2]]), rtol=0, atol=1e-12)
