@@ -38,7 +38,7 @@ RUNS = {  # name -> (options of `sample`, steps)
     "ddpm, beta": (dict(sampler="ddpm", variance="beta"), (50, 100)),
     "ddim": (dict(sampler="ddim"), (5, 10, 20, 50, 100)),
     "dpm++": (dict(sampler="dpm++"), (5, 10, 20, 50)),
-    "dpm++, eta 1": (dict(sampler="dpm++", eta=1.0), (10, 20, 50)),
+    "sde-dpm++": (dict(sampler="sde-dpm++"), (10, 20, 50)),
 }
 YARDSTICK = ("ddpm", 1000)  # what the others are compared with
 GROUPS = 8  # of the jackknife

@@ -34,7 +34,7 @@ from latents import Autoencoder, Pixels
 from pictures import LONGEST_SIDE, enlarge, grid, save_animation, save_picture, to_image, to_pixels
 from reverse_diffusion import DEFAULT_GUIDANCE, SAMPLERS, VARIANCES, sample_seeds, seeded_noise, slerp
 
-DEFAULT_STEPS = {"ddim": 50, "dpm++": 20}  # and all of them for ddpm
+DEFAULT_STEPS = {"ddim": 50, "dpm++": 20, "sde-dpm++": 20}  # and all of them for ddpm
 GIF_FRAMES = 48
 
 
@@ -137,18 +137,18 @@ def choose_sampler(args: argparse.Namespace, config: dict, device: torch.device,
     sampler, steps = args.sampler, args.steps
     if args.interpolate:
         sampler = sampler or "dpm++"
-        if sampler == "ddpm" or args.eta:
-            raise ValueError("--interpolate needs a sampler that adds no noise: --sampler dpm++ or ddim, without --eta")
+        if sampler in ("ddpm", "sde-dpm++") or args.eta:
+            raise ValueError("--interpolate needs a sampler that adds no noise: --sampler dpm++, or ddim with --eta 0")
     if sampler is None and steps is None and device.type == "cpu":
         sampler, steps = config.get("sampler", "ddim"), min(config.get("sample_steps", 50), num_timesteps)
     sampler = sampler or "ddpm"
     steps = steps or (num_timesteps if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], num_timesteps))
     if steps > num_timesteps:
         raise ValueError(f"--steps must be in 1 ... {num_timesteps} for this checkpoint, not {steps}")
-    for name, of in (("eta", ("ddim", "dpm++")), ("variance", ("ddpm",))):
-        if getattr(args, name) is not None and sampler not in of:
-            raise ValueError(f"--{name} belongs to --sampler {' and '.join(of)}, and this is {sampler}: choose another "
-                             f"--sampler, or leave --{name} out")
+    for name, of in (("eta", "ddim"), ("variance", "ddpm")):
+        if getattr(args, name) is not None and sampler != of:
+            raise ValueError(f"--{name} belongs to the sampler {of}, and this is {sampler}: add --sampler {of}, or "
+                             f"leave --{name} out")
     return sampler, steps
 
 
@@ -223,12 +223,12 @@ def parse_flags() -> argparse.Namespace:
                         "flying\"; or all, for a row a type (default: anything)")
     parser.add_argument("--guidance", type=finite, help="how strongly they are pushed towards their types; 1: not "
                         f"beyond what the network says of them (default: {DEFAULT_GUIDANCE:g})")
-    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm draws noise at each step, ddim and dpm++ none, or as "
-                        "much as --eta says (default: ddpm; on a CPU without --steps, what training used for its grids)")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm and sde-dpm++ draw noise at each step, ddim and "
+                        "dpm++ none (default: ddpm; on a CPU without --steps, what training used for its grids)")
     parser.add_argument("--steps", type=positive, help="network passes an image, 1 to the checkpoint's timesteps "
-                        "(default: all for ddpm, 50 for ddim, 20 for dpm++; on a CPU without --sampler, as many as "
+                        "(default: all for ddpm, 50 for ddim, 20 for the others; on a CPU without --sampler, as many as "
                         "training used)")
-    parser.add_argument("--eta", type=fraction, help="noise that ddim and dpm++ add, 0 to 1 (default: 0)")
+    parser.add_argument("--eta", type=fraction, help="noise that ddim adds, 0 to 1 (default: 0)")
     parser.add_argument("--variance", choices=VARIANCES, help="of the noise that ddpm adds "
                         "(default: beta_tilde)")
     parser.add_argument("--seed", type=natural, default=0, help="image i is drawn from seed + i (default: 0)")

@@ -137,7 +137,7 @@ def plan(name: str, settings: dict) -> list[Job]:
         return Job("train", run, command, file=weights(name, run))
 
     def sample(run: str) -> list[Job]:
-        ways = dict(zip(SAMPLERS, ("", "--steps 50", "--steps 20")))  # of ddpm all steps
+        ways = dict(zip(SAMPLERS, ("", "--steps 50", "--steps 20", "--steps 20")))  # of ddpm all steps
         ways = [(which, f"--num_images {GRID} --individual --sampler {which} {how}") for which, how in ways.items()]
         if "--labels none" not in flags[run]:
             ways.append(("types", "--types all --sampler ddpm"))

@@ -19,7 +19,7 @@ from devices import Recorded, autocast, memory_format
 from forward_diffusion import NoiseScheduler, seed_from
 from latents import Autoencoder, Pixels
 
-SAMPLERS = ("ddpm", "ddim", "dpm++")
+SAMPLERS = ("ddpm", "ddim", "dpm++", "sde-dpm++")
 VARIANCES = ("beta_tilde", "beta")
 DEFAULT_GUIDANCE = 3.0  # where types are asked for
 
@@ -48,16 +48,16 @@ def sample(
         model: any callable (x_t, t) -> output of the shape of x_t, or (x_t, t, types) where types are given; t is an
             integer tensor [B].
         sampler: "ddpm" draws from the posterior at each step (Ho et al. 2020, algorithm 2); "ddim" is deterministic
-            for eta = 0 and loses little in few steps (Song et al. 2021, eq. 12); "dpm++" is of second order, and
-            deterministic for eta = 0 (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2).
+            for eta = 0 and loses little in few steps (Song et al. 2021, eq. 12); "dpm++" is deterministic, and of
+            second order (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2); "sde-dpm++" is of second order too, and draws
+            as much noise as "ddpm" with "beta_tilde" (SDE-DPM-Solver++ 2M, their section 5).
         steps: number of network passes, 1 ... T (1 ... start + 1 with `start`); None means all.
         prediction: what the output means: "eps", "v" or "x0".
         types: [B, K], what each image is to show; a row of zeros asks for anything. None: a model without types.
         guidance: how far to go from what the model says of anything to what it says of these types, and beyond
             (classifier-free guidance, Ho & Salimans 2022): output = of anything + guidance * (of the types - of
             anything). 1 is the types' own output, in one pass; any other number doubles the batch.
-        eta: noise that ddim and dpm++ add, from 0 (none) to 1 (as much as ddpm with "beta_tilde"). dpm++ with 1 is
-            SDE-DPM-Solver++ 2M (Lu et al. 2022, section 5).
+        eta: noise that ddim adds, from 0 (none) to 1 (as much as ddpm with "beta_tilde").
         variance: of the noise that ddpm adds: "beta_tilde" or "beta" (Ho et al. 2020, section 3.2), see `posterior`.
         seeds: one integer an image; the noise added to an image then depends on its own seed alone, whatever the
             batch around it. None: noise from torch's global generator.
@@ -101,7 +101,7 @@ def sample(
         elif sampler == "ddim":
             mean, std = ddim_step(scheduler, x_0, x_t, t, s, eta)
         else:
-            mean, std = dpm_solver_step(scheduler, x_0, x_t, t, s, before, eta)
+            mean, std = dpm_solver_step(scheduler, x_0, x_t, t, s, before, noise=sampler == "sde-dpm++")
         x_t = mean + std * draw() if s >= 0 and std > 0 else mean  # the last step, to the clean image, adds nothing
         before = t, x_0
         if callback is not None:
@@ -148,19 +148,21 @@ def dpm_solver_step(
     t: int,
     s: int,
     before: tuple[int, torch.Tensor] | None = None,
-    eta: float = 0.0,
+    noise: bool = False,
 ):
-    """The step of "dpm++": DPM-Solver++ 2M (Lu et al. 2022, algorithm 2), where `before` is the last step's (t, x_0).
+    """The step of "dpm++" and, with noise, of "sde-dpm++": DPM-Solver++ 2M and SDE-DPM-Solver++ 2M (Lu et al. 2022,
+    algorithm 2 and section 5), where `before` is the last step's (t, x_0).
 
     From t to s the predicted image goes on moving. A straight line through it and the one before, in lambda = ln(signal
-    / noise), is followed to the middle of the step, and the image there stands for all of it; the rest is ddim's. The
-    first step has none before it, and the last, over which lambda grows to infinity, no middle: they are plain ddim.
+    / noise), is followed to the middle of the step, and the image there stands for all of it; the rest is ddim's, with
+    eta = 0 or 1. The first step has none before it, and the last, over which lambda grows to infinity, no middle: they
+    are plain ddim.
     """
     if before is not None and s >= 0:
         t_before, x_0_before = before
         lambda_before, lambda_t, lambda_s = (_half_log_snr(scheduler, u) for u in (t_before, t, s))
         x_0 = x_0 + (lambda_s - lambda_t) / 2 * (x_0 - x_0_before) / (lambda_t - lambda_before)
-    return ddim_step(scheduler, x_0, x_t, t, s, eta)
+    return ddim_step(scheduler, x_0, x_t, t, s, eta=float(noise))
 
 
 def _half_log_snr(scheduler: NoiseScheduler, t: int) -> float:

@@ -68,15 +68,15 @@ PRESETS = {
     "quick": dict(
         data="critters", image_size=32, augment="flip", width=32, multipliers=(1, 2, 2), blocks=1, groups=8,
         schedule="cosine", prediction="v", loss_weighting="min_snr", epochs=15, batch_size=16, lr=2.5e-3,
-        lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, sampler="ddpm", sample_steps=50, sample_every=8,
-        num_samples=64,
+        lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, sampler="sde-dpm++", sample_steps=20,
+        sample_every=8, num_samples=64,
     ),
     # The same at 128 x 128, in the latents of `python autoencoder.py --preset quick`.
     "latents": dict(
         data="critters", image_size=128, autoencoder="checkpoints/autoencoder/final_model.pt", augment="flip", width=32,
         multipliers=(1, 2, 4), blocks=1, groups=8, schedule="cosine", prediction="v", loss_weighting="min_snr",
-        epochs=45, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999, sampler="ddpm",
-        sample_steps=100, sample_every=15, num_samples=64, compile="off",
+        epochs=45, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999,
+        sampler="sde-dpm++", sample_steps=20, sample_every=15, num_samples=64, compile="off",
     ),
 }
 

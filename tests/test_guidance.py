@@ -113,7 +113,7 @@ def test_dpm_solver_from_a_start_follows_the_flow():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("sampler, eta, variance", [
     ("ddpm", 0, "beta_tilde"), ("ddpm", 0, "beta"), ("ddim", 0, "beta"), ("ddim", 0.5, "beta"), ("ddim", 1, "beta"),
-    ("dpm++", 0, "beta"),
+    ("dpm++", 0, "beta"), ("sde-dpm++", 0, "beta"),
 ])
 def test_zero_terminal_snr_has_no_hole(sampler, eta, variance, schedule):
     scheduler = NoiseScheduler(schedule=schedule, zero_terminal_snr=True)
@@ -151,7 +151,7 @@ def test_slerp():
 
 
 @pytest.mark.parametrize("wrong, message", [
-    (dict(sampler="euler"), "unknown sampler 'euler': choose one of ddpm, ddim, dpm++"),
+    (dict(sampler="euler"), "unknown sampler 'euler': choose one of ddpm, ddim, dpm++, sde-dpm++"),
     (dict(variance="learned"), "unknown variance 'learned': choose one of beta_tilde, beta"),
     (dict(prediction="score"), "unknown prediction 'score': choose one of eps, v, x0"),
     (dict(steps=0), "steps must be in 1 ... 100, not 0"),

@@ -111,7 +111,7 @@ def test_the_samplers_work_in_the_codecs_space(weights, dataset):
     codec = load_codec(weights)
     codec.measure(dataset, "fp32")
     x_0 = codec.encode(dataset.images[:1] / 127.5 - 1)
-    for sampler in ("ddpm", "ddim", "dpm++"):
+    for sampler in ("ddpm", "ddim", "dpm++", "sde-dpm++"):
         images = sample_seeds(lambda x_t, t: x_0.expand_as(x_t), NoiseScheduler(50), [3, 4], 16, CPU, "fp32",
                               codec=codec, sampler=sampler, steps=5, prediction="x0")
         assert torch.allclose(images, codec.decode(x_0).expand(2, -1, -1, -1), atol=1e-5)

@@ -47,7 +47,7 @@ def test_what_matters_most_comes_first():
     assert [job.run for job in JOBS if job.kind == "train"][2:4] == ["reference_holdout", "improved_holdout"]
     assert NAMES.index("evaluate improved") < NAMES.index("train reference_holdout") < NAMES.index("train short")
     assert NAMES.index("train not_weighted") < NAMES.index("evaluate short")  # nothing slow between the trainings
-    assert kinds.count("train") == kinds.count("evaluate") == 11 and kinds.count("sample") == 7
+    assert kinds.count("train") == kinds.count("evaluate") == 11 and kinds.count("sample") == 9
     for i, job in enumerate(JOBS):  # each needs what another one makes before it
         assert not job.needs or any(before.file == job.needs for before in JOBS[:i])
 
@@ -110,7 +110,7 @@ def test_without_types_none_are_asked_for():
 
 
 @pytest.mark.parametrize("words, expected", [
-    (None, 29), (["train"], 11), (["reference"], 5), (["reference", "train"], 1), (["holdout", "improved"], 10),
+    (None, 31), (["train"], 11), (["reference"], 6), (["reference", "train"], 1), (["holdout", "improved"], 11),
     (["ablations", "evaluate"], 7), (["nothing"], 0),
 ])
 def test_only(words, expected):
@@ -156,22 +156,22 @@ def test_it_goes_on_where_it_was_stopped_and_repeats_nothing(monkeypatch, capsys
     machine.commands.clear()
     assert call(reproduce) == 0  # the settings are those that it was begun with
     assert machine.commands[0] == "train.py --resume --run_name study/improved_holdout"
-    assert len(begun) + len(machine.commands) == 29 + 1 and not set(begun) & set(machine.commands)
+    assert len(begun) + len(machine.commands) == 31 + 1 and not set(begun) & set(machine.commands)
     machine.commands.clear()
     assert call(reproduce) == 0 and machine.commands == []
     capsys.readouterr()
     assert call(reproduce, "--plan") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 29 and all(line.startswith("[x] python ") for line in lines)
+    assert len(lines) == 31 and all(line.startswith("[x] python ") for line in lines)
 
 
 def test_what_fails_keeps_nothing_else_from_being_done(monkeypatch, capsys):
     machine = Machine(monkeypatch)
     machine.fail = ["study/improved "]
     assert call(reproduce, "--data", "critters", "--only", "reference", "improved", "train") == 0
-    machine.fail = ["study/dropout", "study/improved/dpm"]
+    machine.fail = ["study/dropout", "study/improved/dpm++"]
     assert call(reproduce) == 1
-    assert "error: 2 of 29 failed, as they say above: sample improved dpm++, train dropout" in capsys.readouterr().err
+    assert "error: 2 of 31 failed, as they say above: sample improved dpm++, train dropout" in capsys.readouterr().err
     assert "evaluate.py evaluation" in machine.names() and not any("checkpoints/study/dropout" in command
                                                                   for command in machine.commands)
     machine.fail = ()
@@ -250,7 +250,7 @@ def test_the_tables_say_what_the_files_say():
     tiny = shlex.join(TINY[2:])  # without --data critters
     assert call(reproduce, "--data", "critters", "--epochs", 3, "--only", "nothing", "--train", tiny) == 0
     for job in reproduce.plan("study", json.loads(Path("outputs/study/settings.json").read_text())):
-        if job.run == "reference" and (job.kind == "train" or job.name.endswith("dpm++")):
+        if job.run == "reference" and (job.kind == "train" or job.name.endswith(" dpm++")):
             script = train if job.kind == "train" else generate
             assert call(script, *job.command[1:]) == 0
     figures = dict(copies=dict(value=0.125, low=0.1, high=0.15, real=dict(value=0.01)), recall=dict(value=0.5))
