@@ -65,7 +65,7 @@ class Processes:
         """Part from the others once all have come here: torchrun ends the first, which may still be writing, if one of
         the others ends badly before it."""
         if self.size > 1:
-            self.largest(0)
+            self.largest(0)  # which comes back when all have asked
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module) -> nn.Module:

@@ -219,8 +219,10 @@ def draw_samples(model, scheduler, codec, config: dict, data: Data, args, device
                  ) -> torch.Tensor:
     """uint8 [num_samples, 3, S, S]. A model that knows types is asked for those of training pictures drawn at random,
     so that the samples have the data's mixture of types."""
-    sampler = args.sampler or config.get("sampler", "ddim")
-    steps = min(args.steps or (config.get("sample_steps", 50)), scheduler.num_timesteps)
+    of_grids = config.get("sampler", "ddim")
+    sampler = args.sampler or of_grids
+    steps = args.steps or (config.get("sample_steps", 50) if sampler == of_grids else 50)
+    steps = min(steps, scheduler.num_timesteps)
     types = None
     if data.train_types is not None and data.train_types.any():
         generator = torch.Generator().manual_seed(seed_from(args.seed, stream="types"))
@@ -385,7 +387,8 @@ def parse_flags():
                         "(default: that of the first sample)")
     parser.add_argument("--num_samples", type=positive, default=1000, help="how many to draw (default: 1000)")
     parser.add_argument("--sampler", choices=SAMPLERS, help="(default: that of the training's own grids)")
-    parser.add_argument("--steps", type=positive, help="network passes a sample (default: as for those grids)")
+    parser.add_argument("--steps", type=positive, help="network passes a sample (default: as for those grids; 50 for "
+                        "another sampler)")
     parser.add_argument("--guidance", type=finite, default=1.0, help="how strongly samples are pushed towards types; "
                         "more than 1 makes them less varied than the data (default: 1)")
     parser.add_argument("--num_likelihood", type=natural, default=200, help="pictures whose bits are estimated, of the "

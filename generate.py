@@ -139,8 +139,8 @@ def choose_sampler(args: argparse.Namespace, config: dict, device: torch.device,
         sampler = sampler or "dpm++"
         if sampler in ("ddpm", "sde-dpm++") or args.eta:
             raise ValueError("--interpolate needs a sampler that adds no noise: --sampler dpm++, or ddim with --eta 0")
-    if sampler is None and steps is None and device.type == "cpu":
-        sampler, steps = config.get("sampler", "ddim"), min(config.get("sample_steps", 50), num_timesteps)
+    if sampler is None and device.type == "cpu":
+        sampler, steps = config.get("sampler", "ddim"), steps or min(config.get("sample_steps", 50), num_timesteps)
     sampler = sampler or "ddpm"
     steps = steps or (num_timesteps if sampler == "ddpm" else min(DEFAULT_STEPS[sampler], num_timesteps))
     if steps > num_timesteps:
@@ -224,10 +224,10 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--guidance", type=finite, help="how strongly they are pushed towards their types; 1: not "
                         f"beyond what the network says of them (default: {DEFAULT_GUIDANCE:g})")
     parser.add_argument("--sampler", choices=SAMPLERS, help="ddpm and sde-dpm++ draw noise at each step, ddim and "
-                        "dpm++ none (default: ddpm; on a CPU without --steps, what training used for its grids)")
+                        "dpm++ none (default: ddpm; on a CPU what training used for its grids)")
     parser.add_argument("--steps", type=positive, help="network passes an image, 1 to the checkpoint's timesteps "
-                        "(default: all for ddpm, 50 for ddim, 20 for the others; on a CPU without --sampler, as many as "
-                        "training used)")
+                        "(default: all for ddpm, 50 for ddim, 20 for the others; on a CPU without --sampler, as many "
+                        "as training used)")
     parser.add_argument("--eta", type=fraction, help="noise that ddim adds, 0 to 1 (default: 0)")
     parser.add_argument("--variance", choices=VARIANCES, help="of the noise that ddpm adds "
                         "(default: beta_tilde)")

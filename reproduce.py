@@ -137,8 +137,9 @@ def plan(name: str, settings: dict) -> list[Job]:
         return Job("train", run, command, file=weights(name, run))
 
     def sample(run: str) -> list[Job]:
-        ways = dict(zip(SAMPLERS, ("", "--steps 50", "--steps 20", "--steps 20")))  # of ddpm all steps
-        ways = [(which, f"--num_images {GRID} --individual --sampler {which} {how}") for which, how in ways.items()]
+        few = {"ddim": "--steps 50", "dpm++": "--steps 20", "sde-dpm++": "--steps 20"}  # and all of ddpm
+        ways = [(which, f"--num_images {GRID} --individual --sampler {which} {few.get(which, '')}")
+                for which in SAMPLERS]
         if "--labels none" not in flags[run]:
             ways.append(("types", "--types all --sampler ddpm"))
         return [Job("sample", run, ["generate.py", "--checkpoint", str(weights(name, run)), *how.split(),

@@ -49,8 +49,8 @@ def sample(
             integer tensor [B].
         sampler: "ddpm" draws from the posterior at each step (Ho et al. 2020, algorithm 2); "ddim" is deterministic
             for eta = 0 and loses little in few steps (Song et al. 2021, eq. 12); "dpm++" is deterministic, and of
-            second order (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2); "sde-dpm++" is of second order too, and draws
-            as much noise as "ddpm" with "beta_tilde" (SDE-DPM-Solver++ 2M, their section 5).
+            second order (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2); "sde-dpm++" is of second order in the law of
+            its images, and draws as much noise as "ddpm" with "beta_tilde" (SDE-DPM-Solver++ 2M, their section 5).
         steps: number of network passes, 1 ... T (1 ... start + 1 with `start`); None means all.
         prediction: what the output means: "eps", "v" or "x0".
         types: [B, K], what each image is to show; a row of zeros asks for anything. None: a model without types.
@@ -101,7 +101,7 @@ def sample(
         elif sampler == "ddim":
             mean, std = ddim_step(scheduler, x_0, x_t, t, s, eta)
         else:
-            mean, std = dpm_solver_step(scheduler, x_0, x_t, t, s, before, noise=sampler == "sde-dpm++")
+            mean, std = dpm_solver_step(scheduler, x_0, x_t, t, s, before, eta=1.0 if sampler == "sde-dpm++" else 0.0)
         x_t = mean + std * draw() if s >= 0 and std > 0 else mean  # the last step, to the clean image, adds nothing
         before = t, x_0
         if callback is not None:
@@ -148,21 +148,20 @@ def dpm_solver_step(
     t: int,
     s: int,
     before: tuple[int, torch.Tensor] | None = None,
-    noise: bool = False,
+    eta: float = 0.0,
 ):
-    """The step of "dpm++" and, with noise, of "sde-dpm++": DPM-Solver++ 2M and SDE-DPM-Solver++ 2M (Lu et al. 2022,
+    """The step of "dpm++" and, with eta = 1, of "sde-dpm++": DPM-Solver++ 2M and SDE-DPM-Solver++ 2M (Lu et al. 2022,
     algorithm 2 and section 5), where `before` is the last step's (t, x_0).
 
     From t to s the predicted image goes on moving. A straight line through it and the one before, in lambda = ln(signal
-    / noise), is followed to the middle of the step, and the image there stands for all of it; the rest is ddim's, with
-    eta = 0 or 1. The first step has none before it, and the last, over which lambda grows to infinity, no middle: they
-    are plain ddim.
+    / noise), is followed to the middle of the step, and the image there stands for all of it; the rest is ddim's. The
+    first step has none before it, and the last, over which lambda grows to infinity, no middle: they are plain ddim.
     """
     if before is not None and s >= 0:
         t_before, x_0_before = before
         lambda_before, lambda_t, lambda_s = (_half_log_snr(scheduler, u) for u in (t_before, t, s))
         x_0 = x_0 + (lambda_s - lambda_t) / 2 * (x_0 - x_0_before) / (lambda_t - lambda_before)
-    return ddim_step(scheduler, x_0, x_t, t, s, eta=float(noise))
+    return ddim_step(scheduler, x_0, x_t, t, s, eta)
 
 
 def _half_log_snr(scheduler: NoiseScheduler, t: int) -> float:

@@ -25,8 +25,9 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -347,12 +348,14 @@ class StopOnSignal:
 def one_line_errors() -> Iterator[None]:
     """End the script with one line on stderr, and no traceback, for what a user can cause.
 
-    Of several processes only the first speaks, but for an error that it does not share.
+    Of several processes only the first speaks, but for an error that it does not share. They end here, well or not:
+    nothing that comes after the `with` happens in them.
     """
     for stream in (sys.stdout, sys.stderr):  # names of folders can hold what a terminal cannot show
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     processes = Processes()
+    message, status = "", 1
     with contextlib.ExitStack() as stack:
         if not processes.first:
             silence = stack.enter_context(open(os.devnull, "w"))
@@ -360,36 +363,39 @@ def one_line_errors() -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(silence))
         try:
             yield
-            if processes.size > 1:
-                end_now(0)
-            return
-        except SystemExit as stopped:
-            if processes.size > 1 and isinstance(stopped.code, int):
-                end_now(stopped.code)
-            raise
+            status = 0
         except (ValueError, DataError, CheckpointError, OSError) as error:
             message = f"error: {printable(error)}"
         except KeyboardInterrupt:
-            sys.exit(130)
-        except RuntimeError as error:
-            if processes.size == 1 or not re.search("gloo|nccl|connection|peer|socket", str(error), re.IGNORECASE):
+            status = 130
+        except SystemExit as stopped:
+            if processes.size == 1:
                 raise
-            message = "error: another process of this training has ended; what it said tells why. --resume goes on"
-    if processes.size == 1:
-        sys.exit(message)
-    if not processes.first:  # if the first has the same to say, torchrun ends this process before it speaks
+            status = stopped.code or 0
+        except Exception as error:
+            if processes.size == 1:
+                raise
+            message = traceback.format_exc()
+            lost_another = re.search("gloo|nccl|connection|peer|socket", str(error), re.IGNORECASE)
+            if isinstance(error, RuntimeError) and lost_another:
+                message = "error: another process of this training has ended; what it said tells why. --resume goes on"
+    if processes.size > 1:
+        end_one_of_several(processes.first, message, status)
+    if status:
+        sys.exit(message or status)
+
+
+def end_one_of_several(first: bool, message: str, status: int) -> NoReturn:
+    """End this process without taking the interpreter apart, which can hang or abort: its threads may wait for
+    processes that are no more, or still let go of what they have sent."""
+    if status and not first:  # if the first has the same to say, torchrun ends this process before it speaks
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(5)
-    print(message, file=sys.stderr)
-    end_now(1)
-
-
-def end_now(status: int) -> NoReturn:
-    """End one of several processes, whose threads may wait for processes that are no more, or still let go of what they
-    have sent: an interpreter that takes itself apart meanwhile can hang, or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        if message:
+            print(message, file=sys.stderr, flush=True)
+        sys.stdout.flush()
     os._exit(status)
 
 

@@ -159,7 +159,7 @@ def test_the_real_commands_with_a_name_that_is_no_text():
                               env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
         assert "Traceback" not in done.stderr and "caf\\udce9" in done.stdout + done.stderr
         assert done.returncode == (script == "train.py")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1  # of train.py, the last
 
 
 def test_all_of_them_at_once_and_training_goes_well(capsys):

@@ -34,7 +34,7 @@ def losses(tmp_path_factory) -> list[float]:
 def torchrun(script: Path | str, *flags: str) -> subprocess.CompletedProcess:
     """Two processes on this machine's CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # which says what a crash was
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 

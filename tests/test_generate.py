@@ -88,7 +88,7 @@ def test_a_seed_too_large_for_torch_is_refused_by_name(final, capsys):
 
 @pytest.mark.parametrize("flags, said", [
     ([], "ddim in 2 steps"),  # that of the training's own grids
-    (["--steps", 3], "ddpm in 3 steps"), (["--sampler", "ddpm"], "ddpm in 50 steps"),
+    (["--steps", 3], "ddim in 3 steps"), (["--sampler", "ddpm"], "ddpm in 50 steps"),
     (["--sampler", "ddim", "--steps", 4], "ddim in 4 steps"),
 ])
 def test_the_sampler_that_is_used(final, flags, said, capsys):
