@@ -166,7 +166,7 @@ class Enough(Exception):
 
 
 def measure_sampling(ours: Ours, args: argparse.Namespace, device: torch.device, precision: str) -> dict[str, dict]:
-    """Images a second of those samplers, as generate.py draws them, and the same in float32.
+    """Images a second of each of SAMPLERS, as generate.py draws them, and the same in float32.
 
     All passes of a sampler cost the same, but for the first on CUDA, where one is recorded. So on a slow machine only
     some of them are made, and the time of the whole is worked out from their mean; `passes` says how many were timed.

@@ -326,7 +326,8 @@ def of_score(score: Score) -> dict:
 
 
 def of_mean(values: torch.Tensor) -> dict:
-    return of_score(Score(values.mean().item(), (values.std() / len(values) ** 0.5).item()))
+    error = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
+    return of_score(Score(values.mean().item(), error))
 
 
 def of_share(found: torch.Tensor) -> dict:

@@ -190,11 +190,13 @@ def verdict(run: dict) -> list[str]:
             if worse or good:
                 said = f"{heading} {shown(figure, style)[0]} against {shown(real, style)[0]}"
                 lines.append(f"{bad if worse else good} ({said}).")
-    looked_at = [name for name, meaning in MEANINGS.items() if meaning[2] == "as the data" and name in figures]
+    looked_at = [name for name, meaning in MEANINGS.items() if meaning[2] == "as the data"
+                 and "low" in figures.get(name, {}) and "low" in figures[name]["real"]]  # not so for a single picture
     drifted = [MEANINGS[name][0] for name in looked_at if figures[name]["low"] > figures[name]["real"]["high"]
                or figures[name]["high"] < figures[name]["real"]["low"]]
-    lines.append(f"What differs from the data at a glance: {', '.join(drifted)}." if drifted else
-                 "Nothing differs from the data at a glance: border, brightness, colours and tilt agree.")
+    if looked_at:
+        lines.append(f"What differs from the data at a glance: {', '.join(drifted)}." if drifted else
+                     "Nothing differs from the data at a glance: border, brightness, colours and tilt agree.")
     return lines
 
 

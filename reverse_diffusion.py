@@ -50,7 +50,7 @@ def sample(
         sampler: "ddpm" draws from the posterior at each step (Ho et al. 2020, algorithm 2); "ddim" is deterministic
             for eta = 0 and loses little in few steps (Song et al. 2021, eq. 12); "dpm++" is deterministic, and of
             second order (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2); "sde-dpm++" is of second order in the law of
-            its images, and draws as much noise as "ddpm" with "beta_tilde" (SDE-DPM-Solver++ 2M, their section 5).
+            x_s, and draws as much noise as "ddpm" with "beta_tilde" (SDE-DPM-Solver++ 2M, their section 5).
         steps: number of network passes, 1 ... T (1 ... start + 1 with `start`); None means all.
         prediction: what the output means: "eps", "v" or "x0".
         types: [B, K], what each image is to show; a row of zeros asks for anything. None: a model without types.

@@ -371,11 +371,11 @@ def one_line_errors() -> Iterator[None]:
         except SystemExit as stopped:
             if processes.size == 1:
                 raise
-            status = stopped.code or 0
+            message, status = (stopped.code, 1) if isinstance(stopped.code, str) else ("", stopped.code or 0)
         except Exception as error:
             if processes.size == 1:
                 raise
-            message = traceback.format_exc()
+            message = traceback.format_exc().rstrip()
             lost_another = re.search("gloo|nccl|connection|peer|socket", str(error), re.IGNORECASE)
             if isinstance(error, RuntimeError) and lost_another:
                 message = "error: another process of this training has ended; what it said tells why. --resume goes on"
@@ -388,14 +388,17 @@ def one_line_errors() -> Iterator[None]:
 def end_one_of_several(first: bool, message: str, status: int) -> NoReturn:
     """End this process without taking the interpreter apart, which can hang or abort: its threads may wait for
     processes that are no more, or still let go of what they have sent."""
-    if status and not first:  # if the first has the same to say, torchrun ends this process before it speaks
+    if 0 < status < 128 and not first:
+        # torchrun ends all when one has failed: the first must have spoken by then, and if it has the same to say, this
+        # one is to be ended before it speaks.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         time.sleep(5)
     with contextlib.suppress(OSError):  # nobody may be reading any more
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
         if message:
             print(message, file=sys.stderr, flush=True)
-        sys.stdout.flush()
     os._exit(status)
 
 

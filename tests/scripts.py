@@ -20,7 +20,7 @@ TINY = ("--data critters --num_critters 8 --image_size 16 --width 8 --groups 4 -
         "--batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32").split()
 TINY_AUTOENCODER = ("--data critters --num_critters 8 --image_size 16 --width 8 --epochs 4 --batch_size 4 "
                     "--num_samples 2 --sample_every 2 --device cpu --precision fp32 --lr 1e-2 --warmup_steps 0").split()
-FEW_STEPS = "--device cpu --precision fp32 --steps 3".split()
+FEW_STEPS = "--device cpu --precision fp32 --sampler ddpm --steps 3".split()
 
 
 def call(script, *flags) -> int | str | None:

@@ -122,6 +122,15 @@ def test_what_cannot_be_measured_is_said_and_not_made_up():
     assert all(note.replace("'", "&#x27;") in Path("report/report.html").read_text() for note in made["notes"])
 
 
+def test_samples_are_drawn_as_the_training_s_grids_were_and_another_sampler_has_its_own_steps():
+    write_folder("data", critters(4, 0))
+    flags = ["--checkpoint", checkpoint("a.pt", data="data"), "--num_samples", 1, "--num_likelihood", 0]
+    for more, expected in ([], ("ddim", 2)), (["--sampler", "sde-dpm++"], ("sde-dpm++", 50)):
+        assert call(*flags, *more, "--device", "cpu", "--output", "report") == 0
+        drawn = json.loads(Path("report/report.json").read_text())["runs"][0]["sampling"]
+        assert (drawn["sampler"], drawn["steps"]) == expected
+
+
 def test_errors_are_one_line():
     write_folder("some", critters(3, 0))
     for flags, words in (

@@ -97,7 +97,7 @@ def test_the_true_variance_of_a_step_lies_between_the_two(t, s):
     (dict(sampler="ddpm"), 100, 0.21), (dict(sampler="ddpm"), None, 0.037),
     (dict(sampler="ddpm", variance="beta"), None, 0.008), (dict(sampler="ddim", eta=0.5), None, 0.022),
     (dict(sampler="ddim"), 50, 0.26), (dict(sampler="ddim"), 500, 0.033),
-    (dict(sampler="dpm++"), 50, 0.22), (dict(sampler="dpm++"), 500, 0.007),
+    (dict(sampler="dpm++"), 50, 0.22), (dict(sampler="dpm++"), 100, 0.077), (dict(sampler="dpm++"), 500, 0.007),
     (dict(sampler="sde-dpm++"), 50, 0.23), (dict(sampler="sde-dpm++"), 100, 0.068),
     (dict(sampler="sde-dpm++"), 500, 0.005),
 ])
@@ -135,8 +135,8 @@ def test_the_order_of_convergence(sampler, order, schedule):
 
 @pytest.mark.parametrize("sampler, order", [("ddpm", 1), ("sde-dpm++", 2)])
 def test_the_order_of_convergence_in_law(monkeypatch, sampler, order):
-    """A path with fresh noise converges to no other path, but the variance of x_s to that of q(x_s): in the same steps
-    of the linear schedule as above."""
+    """A path with fresh noise converges to no other path, but the variance of x_s to that of q(x_s): over the same
+    three quarters of the linear schedule as above."""
     many = 38_400
     scheduler, errors = NoiseScheduler(many, 0.1 / many, 20 / many), []
     end = many // 4 - 1
@@ -147,6 +147,7 @@ def test_the_order_of_convergence_in_law(monkeypatch, sampler, order):
         errors.append((variance / (abar * STD**2 + 1 - abar) - 1).abs().max().item())
     slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
     assert slopes == pytest.approx([order] * 3, abs=0.15), errors
+    assert errors[-1] < (0.1 if order == 1 else 1e-3)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
