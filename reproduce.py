@@ -23,7 +23,8 @@ from pathlib import Path
 from dataset import DataError, image_names
 from flags import Parser, finite, positive
 from labels import LabelError, find_labels
-from results import GRID, SAMPLERS, stages, write_results
+from results import GRID, stages, write_results
+from reverse_diffusion import SAMPLERS
 from runs import milestones, run_folder
 
 HERE = Path(__file__).resolve().parent
@@ -137,9 +138,8 @@ def plan(name: str, settings: dict) -> list[Job]:
         return Job("train", run, command, file=weights(name, run))
 
     def sample(run: str) -> list[Job]:
-        few = {"ddim": "--steps 50", "dpm++": "--steps 20", "sde-dpm++": "--steps 20"}  # and all of ddpm
-        ways = [(which, f"--num_images {GRID} --individual --sampler {which} {few.get(which, '')}")
-                for which in SAMPLERS]
+        # In generate.py's own numbers of steps: all of ddpm, 50 of ddim, 20 of the others.
+        ways = [(which, f"--num_images {GRID} --individual --sampler {which}") for which in SAMPLERS]
         if "--labels none" not in flags[run]:
             ways.append(("types", "--types all --sampler ddpm"))
         return [Job("sample", run, ["generate.py", "--checkpoint", str(weights(name, run)), *how.split(),

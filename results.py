@@ -19,11 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 from marks import marks
 from pictures import grid, save_animation, save_picture
 from report import MEANINGS, shown
+from reverse_diffusion import SAMPLERS
 from runs import run_folder
 
 GRID = 64  # pictures in a sample grid, eight in a row
 STAGES = (0.05, 0.15, 0.25, 0.5, 1)  # of the epochs, when checkpoints are kept and measured; and the first epoch
-SAMPLERS = ("ddpm", "ddim", "dpm++", "sde-dpm++")  # in the order of the table
 FIGURES = ("bits_train", "bits_held_out", "bits_gap", "copies", "precision", "recall", "coverage", "wasserstein",
            "wasserstein_fine")
 SIGNS = ("bits_gap", "copies", "precision", "recall", "wasserstein", "wasserstein_fine", "tilt", "saturation", "clean")

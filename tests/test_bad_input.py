@@ -62,7 +62,7 @@ BAD_IMAGES = {
     "line.png": (png(2**31 - 1, 1), "decompression bomb"),
     "no width.png": (png(0, 7), ""),
     "no pixels.png": (png(30, 30), ""),
-    "swelling text.png": (png(8, 8, bytes(72), more=b"k\0\0" + zlib.compress(bytes(70_000_000), 1)), "large"),
+    "swelling text.png": (png(8, 8, bytes(72), more=b"k\0\0" + zlib.compress(bytes(70_000_000), 1)), "Decompressed"),
     "name\nof two lines.png": (b"", "not an image"),
     "\x1b[2Jclears the screen.png": (b"", "not an image"),
 }
@@ -81,7 +81,7 @@ def assert_named_and_left_out(name: str, why: str, capsys) -> None:
     assert call(dataset, "mine", "--image_size", 16, "--output", "seen.png") == 0
     said = capsys.readouterr()
     line, = said.err.splitlines()
-    assert line.startswith("warning: left out mine") and dataset.printable(name) in line and why.lower() in line.lower()
+    assert line.startswith("warning: left out mine") and dataset.printable(name) in line and why in line
     assert "3 images in mine, 1 files left out" in said.out
     Path("seen.png").unlink()
     for path in Path("mine").glob("good*"):

@@ -1,6 +1,8 @@
 """generate.py as people use it: through its command line, in a folder of their own."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 import generate
 from checkpoint import load_checkpoint, save_checkpoint
-from scripts import FEW_STEPS, assert_one_line, call, pictures
+from scripts import FEW_STEPS, ROOT, assert_one_line, call, pictures
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -104,6 +106,13 @@ def test_a_checkpoint_from_before_a_flag_existed(final, capsys):
         assert Image.open("grid.png").size == (16, 16)  # a single picture has no gaps around it
     else:
         assert_one_line(code, capsys, "old.pt")
+
+
+def test_the_real_command_prints_the_line_and_fails():
+    done = subprocess.run([sys.executable, ROOT / "generate.py", "--checkpoint", "nowhere.pt"], capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1 and "nowhere" in done.stderr
 
 
 @pytest.mark.parametrize("flags", [

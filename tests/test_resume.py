@@ -1,6 +1,10 @@
 """A training that stops, for whatever reason, goes on as though it had not; and takes the place of no other."""
 
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,7 @@ from PIL import Image
 import denoising
 import train
 from checkpoint import load_checkpoint
-from scripts import TINY, assert_one_line, assert_same_run, call, metrics, same
+from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -64,6 +68,27 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, cap
     assert call(train, "--resume", "--run_name", "mine") == 0
     assert len(calls) == 6  # no step was made twice
     assert_same_run(load_checkpoint("checkpoints/mine/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no SIGINT to send")
+def test_ctrl_c_on_the_real_command():
+    flags = [*TINY, "--epochs", "1000000", "--sample_every", "1000000"]
+    with open("out", "w") as out, open("err", "w") as err:  # not pipes, which the progress bar would fill
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags], stdout=out, stderr=err)
+    try:
+        deadline = time.monotonic() + 240  # a starved machine takes long to import torch
+        while not (Path("outputs/metrics.csv").exists() and len(metrics()) > 1):
+            assert process.poll() is None and time.monotonic() < deadline, Path("err").read_text()[-500:]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+        process.wait()
+    assert "--resume" in Path("out").read_text() and "Traceback" not in Path("err").read_text()
+    step = load_checkpoint("checkpoints/latest.pt")["step"]
+    assert call(train, "--resume", "--max_steps", step + 1) == 0
+    assert load_checkpoint("checkpoints/final_model.pt")["step"] == step + 1
 
 
 def test_resume_refuses_another_configuration(trained, monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """train.py as people use it: through its command line, in a folder of their own.
 
 The tests call main() in this process, since a new one takes seconds to import torch. test_bad_input.py and
-test_failures.py start the real command, and signal it.
+test_resume.py start the real command.
 """
 
 import json
