@@ -1,20 +1,13 @@
-"""From image to noise: the schedule of a diffusion model, and what its network is asked to predict.
+"""The forward process of a diffusion model: noise schedules, q(x_t | x_0), and conversions between eps, v and x_0.
 
-    python forward_diffusion.py                # a built-in critter going to noise
-    python forward_diffusion.py my_cat.jpg     # your own picture
-
-Both write outputs/forward_diffusion.png (the picture at ten timesteps, under both schedules) and
-outputs/schedules.png (beta, alpha-bar and signal-to-noise ratio). DIFFUSION_THEORY.md derives every line of this file.
+DIFFUSION_THEORY.md derives every line of this file. `python -m tools.plot_forward` plots an image on its way to noise
+and the curves of both schedules.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
-from pathlib import Path
 
-import numpy as np
 import torch
 
 SCHEDULES = ("linear", "cosine")
@@ -188,93 +181,3 @@ def _end_at_noise(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 def _unknown_prediction(prediction: str) -> ValueError:
     return ValueError(f"unknown prediction {prediction!r}: choose one of {', '.join(PREDICTIONS)}")
-
-
-def seed_from(*integers: int, stream: str = "") -> int:
-    """Hash integers (a run's seed, a step, ...) and a stream's name into one 63-bit seed; any difference gives another.
-
-    Everything random is drawn from where it stands (run, step, image) and not from what was drawn before it, so a
-    resumed run, or one with more workers, sees the same numbers. The stream ("order", "noise", ...) keeps apart uses
-    whose integers can be the same.
-    """
-    # SeedSequence takes 32-bit words and ignores zeros at the end: so two words each, and their number in front.
-    words = [len(integers)] + [int(i) >> shift & 0xFFFFFFFF for i in integers for shift in (0, 32)]
-    words += stream.encode()
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The pictures: python forward_diffusion.py
-
-
-def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> None:
-    """Write a picture of one image [1, 3, H, W] at `columns` timesteps, a row for each schedule."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(len(SCHEDULES), columns, figsize=(1.35 * columns, 3.3), layout="constrained")
-    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    for row, schedule in enumerate(SCHEDULES):
-        scheduler = NoiseScheduler(schedule=schedule)
-        for axis, t in zip(axes[row], np.linspace(0, scheduler.num_timesteps - 1, columns).round().astype(int)):
-            x_t = scheduler.add_noise(x_0, torch.tensor([t]), noise)
-            axis.imshow(((x_t[0].permute(1, 2, 0).clamp(-1, 1) + 1) / 2).numpy())
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_title(f"t = {t}", fontsize=9)
-        axes[row][0].set_ylabel(schedule)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def draw_schedules(path: Path) -> None:
-    """Write the curves of beta, alpha-bar and signal-to-noise ratio of both schedules."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
-    for schedule in SCHEDULES:
-        scheduler = NoiseScheduler(schedule=schedule)
-        axes[0].plot(scheduler.betas.numpy(), label=schedule)
-        axes[1].plot(scheduler.alphas_cumprod.numpy(), label=schedule)
-        axes[2].plot(scheduler.snr().numpy(), label=schedule)
-    titles = ("β: noise added at each step", "ᾱ: share of the image's variance left", "ᾱ / (1 - ᾱ): signal to noise")
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("t")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_yscale("log")
-    axes[2].set_yscale("log")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a picture going to noise, and the curves of the two schedules.")
-    parser.add_argument("image", nargs="?", help="a picture of yours (default: a built-in critter)")
-    parser.add_argument("--image_size", type=int, default=128, help="side of the picture, in pixels (default: 128)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder to write to (default: outputs)")
-    args = parser.parse_args()
-
-    # Imported here: the mathematics above needs none of them.
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from critters import draw_critter
-    from dataset import decode_image
-
-    try:
-        if args.image:
-            pixels = decode_image(Path(args.image), args.image_size)
-        else:
-            pixels = np.asarray(draw_critter(3, args.image_size)[0]).transpose(2, 0, 1)
-        args.output.mkdir(parents=True, exist_ok=True)
-        x_0 = torch.tensor(pixels)[None] / 127.5 - 1
-        draw_forward_process(x_0, args.output / "forward_diffusion.png")
-        draw_schedules(args.output / "schedules.png")
-    except Exception as error:  # a damaged picture can make its decoder raise nearly anything
-        sys.exit(f"error: {error}")
-    print(f"wrote {args.output / 'forward_diffusion.png'} and {args.output / 'schedules.png'}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,8 +2,8 @@
 
     python train.py --preset quick                       # creatures in minutes, on a CPU, from nothing
     python train.py                                      # the reference model on data/pokemon_jpg/, for a GPU
-    python train.py --data my_pictures --image_size 32   # your own folder
-    python train.py --resume                             # go on where a stopped run was
+    python train.py --data my_images --image_size 32     # your own folder
+    python train.py --resume                             # continue a stopped run
     torchrun --nproc_per_node=8 train.py --batch_size 128 # on eight GPUs
 
 Sample grids, the loss curve and metrics.csv go to outputs/, weights to checkpoints/; see `python train.py --help`.
@@ -11,54 +11,65 @@ Sample grids, the loss curve and metrics.csv go to outputs/, weights to checkpoi
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torchvision.utils import save_image
+from torch import nn
 
-from checkpoint import codec_in, load_codec, load_model
-from denoising import Denoising
-from devices import memory_format
-from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
-from reverse_diffusion import SAMPLERS, sample_seeds
-from runs import flag, run_folder
-from training import Training, TrainingConfig, command
-from training_step import Task
+from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler
+from models.pipeline import Pipeline, checked_space, load_space
+from models.space import LatentSpace, PixelSpace
+from reverse_diffusion import SAMPLERS
+from training.config import TrainingConfig, configure, memory_advice
+from training.dataset import encode_dataset
+from training.distributed import DistEnv
+from training.loop import training_loop
+from training.loss import DiffusionLoss
+from training.run_dir import run_folder
+from training.run_images import load_run_images, plain_batches
+from training.step import TrainingStep, adam_options
+from training.timetable import Timetable
 from unet import UNet, UNetConfig, count_parameters, default_multipliers
+from utils.cli import setting
+from utils.device import memory_format, pick_precision, use_fast_kernels
+from utils.errors import one_line_errors
+from utils.images import square_grid
+from utils.seeding import seed_from
 
 
 @dataclass
 class Config(TrainingConfig):
-    """Every setting of a training run, with those of training.py. The defaults are the reference configuration."""
+    """Every setting of a training run; the defaults are the reference configuration."""
 
-    labels: str = flag("auto", "the images' types; auto: labels.csv in the folder (columns file,types), else the names "
-                               "of its sub-folders; none; or another csv file")
-    autoencoder: str = flag("", "checkpoint of an autoencoder.py run, to learn the latents of the pictures (default: "
-                                "learn their pixels)")
-    init: str = flag("", "checkpoint of such a network, whose averaged weights to start from (default: random ones)")
-    width: int = flag(64, "channels at the network's first level")
-    multipliers: tuple[int, ...] = flag((), "of the width, one a level (default: those of unet.LEVELS for the image "
-                                            "size; 1 2 4 8 for 64 pixels)")
-    blocks: int = flag(2, "residual blocks a level")
-    groups: int = flag(32, "groups of the group normalisations")
-    dropout: float = flag(0.0, "in the residual blocks, from 0 to 1")
-    grad_checkpoint: bool = flag(False, "compute the network's blocks a second time in the backward pass: less memory, "
-                                        "a fifth more arithmetic, the same training")
-    label_dropout: float = flag(0.1, "share of the images whose types are not told, so that the network also learns to "
-                                     "draw without; 0 to below 1", least=0, below=1)
+    labels: str = setting("auto", "source of the images' types; auto: labels.csv in the folder (columns file,types), "
+                                  "else the names of its sub-folders; none; or another csv file")
+    autoencoder: str = setting("", "checkpoint of a tools.train_autoencoder run, to learn the latents of the images "
+                                   "(default: learn their pixels)")
+    init: str = setting("", "checkpoint of such a network, from whose EMA weights to start (default: random weights)")
+    width: int = setting(64, "channels at the network's first level")
+    multipliers: tuple[int, ...] = setting((), "of the width, one per level (default: those of unet.LEVELS for the "
+                                               "image size; 1 2 4 8 for 64 pixels)")
+    blocks: int = setting(2, "residual blocks per level")
+    groups: int = setting(32, "groups of the group normalisations")
+    dropout: float = setting(0.0, "dropout in the residual blocks, from 0 to 1")
+    grad_checkpoint: bool = setting(False, "compute the network's blocks a second time in the backward pass: less "
+                                           "memory, a fifth more arithmetic, the same training")
+    label_dropout: float = setting(0.1, "fraction of the images whose labels are dropped, for classifier-free "
+                                        "guidance; below 1", least=0, below=1)
 
-    timesteps: int = flag(1000, "steps T of the diffusion", above=0)
-    schedule: str = flag("linear", "how the noise grows over the timesteps", SCHEDULES)
-    prediction: str = flag("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
-    zero_terminal_snr: bool = flag(False, "the last timestep is noise alone; not where the network predicts eps")
-    loss_weighting: str = flag("uniform", "how the squared errors of the timesteps count", LOSS_WEIGHTINGS)
+    timesteps: int = setting(1000, "steps T of the diffusion", above=0)
+    schedule: str = setting("linear", "noise schedule", SCHEDULES)
+    prediction: str = setting("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
+    zero_terminal_snr: bool = setting(False, "make the last timestep pure noise; for predictions v and x0, with "
+                                             "uniform loss weighting")
+    loss_weighting: str = setting("uniform", "weights of the squared errors of the timesteps", LOSS_WEIGHTINGS)
 
-    sampler: str = flag("ddim", "how a sample grid is drawn", SAMPLERS)
-    sample_steps: int = flag(50, "network passes for a sample grid", above=0)
-    guidance: float = flag(1.0, "how strongly the images of a sample grid are pushed towards their types; 1: not "
-                                "beyond what the network says of them")
+    sampler: str = setting("ddim", "sampler of the sample grids; if it or --sample_steps is set, generate.py uses both "
+                                   "by default", tuple(SAMPLERS))
+    sample_steps: int = setting(50, "network passes for a sample grid", above=0)
+    guidance: float = setting(1.0, "classifier-free guidance scale of the sample grids (1 = off)")
 
 
 PRESETS = {
@@ -71,83 +82,154 @@ PRESETS = {
         lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, sampler="sde-dpm++", sample_steps=20,
         sample_every=8, num_samples=64,
     ),
-    # The same at 128 x 128, in the latents of `python autoencoder.py --preset quick`.
+    # The same at 128 x 128, in the latents of `python -m tools.train_autoencoder --preset quick`.
     "latents": dict(
         data="critters", image_size=128, autoencoder="checkpoints/autoencoder/final_model.pt", augment="flip", width=32,
         multipliers=(1, 2, 4), blocks=1, groups=8, schedule="cosine", prediction="v", loss_weighting="min_snr",
         epochs=45, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999,
-        sampler="sde-dpm++", sample_steps=20, sample_every=15, num_samples=64, compile="off",
+        sampler="sde-dpm++", sample_steps=20, sample_every=15, num_samples=64,
     ),
 }
 
 
 def main() -> None:
-    command(Config, PRESETS, "Train a diffusion model on a folder of images.", train)
+    dist = DistEnv()
+    with dist.one_voice(), one_line_errors():
+        config, checkpoint, notice = configure(Config, PRESETS, "Train a diffusion model on a folder of images.",
+                                               "python train.py")
+        if notice:
+            print(notice)
+        with memory_advice(config.batch_size, config.grad_accum):
+            final = train(config, checkpoint, dist)
+        print(f"done: samples in {run_folder('outputs', config.run_name)}/; for more: python generate.py --checkpoint "
+              f"{final}")
+        if notice:
+            print(notice)
 
 
-def train(config: Config, checkpoint: dict | None) -> None:
-    """Teach a U-Net to denoise the images: what it is taught is in denoising.py, and the loop in training.py."""
-    if config.zero_terminal_snr and config.prediction == "eps":
-        raise ValueError("--zero_terminal_snr needs --prediction v or x0: of noise alone, the noise tells nothing")
+def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> Path:
+    """Train a U-Net to denoise images; return the path of the final checkpoint."""
+    # Device.
+    device = dist.pick_device(config.device)
+    precision = pick_precision(config.precision, device)
+    use_fast_kernels()
+    dist.rank_slice(config.batch_size, config.grad_accum)  # can the batch be divided? before the data is read
+
+    # Space: pixels, or the latents of an autoencoder.
+    space = find_space(config, checkpoint).to(device, memory_format=memory_format(device))
+    network = settle_network(config, space)
+
+    # Data.
+    images = load_run_images(config, checkpoint)
+    if space.is_latent and checkpoint is None:
+        measure_latents(space, config, plain_batches(images.dataset), precision)
+    images.dataset = encode_dataset(images.dataset, space, config.augment, precision)
+    network.num_types = len(images.dataset.class_names)
+    check_guidance(config, network.num_types)
+
+    # Model.
+    torch.manual_seed(seed_from(config.seed, stream="weights"))
+    net = UNet(network).to(device, memory_format=memory_format(device, training=True))
+    net.grad_checkpoint = config.grad_checkpoint
+    print(f"network    {count_parameters(net):,} parameters, predicting {config.prediction} on the {config.schedule} "
+          f"schedule")
+
+    # Noise schedule and loss.
+    scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
+    warn_of_leftover_signal(config, scheduler)
+    loss = DiffusionLoss(scheduler, space, config.image_size, device, precision, config.augment, config.prediction,
+                         config.loss_weighting, config.label_dropout)
+    if config.init and checkpoint is None:
+        init_from(config, net, scheduler, space, images.dataset.class_names)
+
+    # Optimizer and step.
+    optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
+    total_steps = Timetable(config, len(images.dataset)).total_steps
+    step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps)
+
+    # Loop, with a grid of samples that always starts from the same noise, so that one sees the same images grow.
+    pipeline = Pipeline(step.ema, scheduler, space, asdict(config), images.dataset.class_names, device, precision)
+
+    def draw_grid(ema: nn.Module, path: Path) -> None:
+        labels = each_class_in_turn(config.num_samples, network.num_types)
+        square_grid(pipeline.sample(
+            range(config.num_samples), labels=labels, guidance=config.guidance, sampler=config.sampler,
+            steps=min(config.sample_steps, config.timesteps))).save(path)
+
+    content = dict(network=dict(kind="unet", config=asdict(network)), scheduler=scheduler.config(),
+                   autoencoder=space.state())
+    return training_loop(config, images, step, draw_grid, content, checkpoint)
+
+
+def find_space(config: Config, checkpoint: dict[str, Any] | None) -> PixelSpace | LatentSpace:
+    """Return the space of a new run, or that of the run to resume."""
     if checkpoint is None:
-        codec = load_codec(config.autoencoder)
-    else:
-        codec = codec_in(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint.get("autoencoder"))
-    config.multipliers = config.multipliers or default_multipliers(codec.shape(config.image_size)[-1])
-    unet_config = UNetConfig(
-        width=config.width, multipliers=config.multipliers, blocks=config.blocks, groups=config.groups,
-        dropout=config.dropout, channels=codec.channels,
-    )
-    multiple = unet_config.size_multiple * codec.factor
+        return load_space(config.autoencoder)
+    return checked_space(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint.get("autoencoder"))
+
+
+def settle_network(config: Config, space: PixelSpace | LatentSpace) -> UNetConfig:
+    """Return the size of the network, and write the levels that it chose into `config`.
+
+    Raises:
+        ValueError: for a size that cannot be built, or settings that contradict each other.
+    """
+    if config.zero_terminal_snr and config.prediction == "eps":
+        raise ValueError("--zero_terminal_snr needs --prediction v or x0: from pure noise, eps says nothing about x_0")
+    if config.zero_terminal_snr and config.loss_weighting == "min_snr":
+        raise ValueError("--zero_terminal_snr needs --loss_weighting uniform: min_snr gives weight 0 to the last "
+                         "timestep, from which sampling starts")
+    config.multipliers = config.multipliers or default_multipliers(space.shape(config.image_size)[-1])
+    network = UNetConfig(channels=space.channels, width=config.width, multipliers=config.multipliers,
+                         blocks=config.blocks, groups=config.groups, dropout=config.dropout)
+    multiple = network.size_multiple * space.factor
     if config.image_size % multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {multiple} that is at least 8, for this network; "
                          f"{config.image_size} is not")
-    training = Training(config, checkpoint)
-    device, precision, types = training.device, training.precision, training.dataset.types
-    codec = codec.to(device, memory_format=memory_format(device))
-    if checkpoint is None:
-        codec.measure(training.dataset, precision)
-    training.dataset, prepare = codec.prepare(training.dataset, config.augment, precision)
-    unet_config.num_types = len(types)
+    return network
 
-    torch.manual_seed(seed_from(config.seed, stream="weights"))
-    model = UNet(unet_config).to(device, memory_format=memory_format(device, training=True))
-    if config.init and checkpoint is None:
-        start, _, its_codec, its_config = load_model(config.init, device)
-        its = start.config, its_config["types"], its_config["prediction"], its_codec.fingerprint()
-        if its != (unet_config, types, config.prediction, codec.fingerprint()):
-            raise ValueError(f"--init {config.init} is of another network (its size, its types, its autoencoder or "
-                             f"what it predicts); give the flags that it was trained with")
-        model.load_state_dict(start.state_dict())
-    model.grad_checkpoint = config.grad_checkpoint
-    scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
-    print(f"network    {count_parameters(model):,} parameters, predicting {config.prediction} on the {config.schedule} "
-          f"schedule")
+
+def measure_latents(space: LatentSpace, config: Config, batches: Any, precision: str) -> None:
+    """Normalise the latents over the images to be learned, and print how well these come back."""
+    db = space.measure(batches, precision)
+    print(f"latents    {' x '.join(map(str, space.shape(config.image_size)))} for 3 x {config.image_size} x "
+          f"{config.image_size}; reconstructions have a PSNR of {db:.1f} dB")
+
+
+def check_guidance(config: Config, num_classes: int) -> None:
+    """Raise ValueError for guidance that the sample grids could not follow."""
+    if config.guidance != 1 and not num_classes:
+        raise ValueError(f"--guidance {config.guidance} needs types, and the images have none: leave it out")
+    if config.guidance != 1 and not config.label_dropout:
+        raise ValueError(f"--guidance {config.guidance} needs --label_dropout above 0, or the network does not learn "
+                         f"the unconditional prediction")
+
+
+def warn_of_leftover_signal(config: Config, scheduler: NoiseScheduler) -> None:
+    """Warn if x_T still shows the image, since sampling starts from pure noise."""
     if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
         print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
               f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
 
-    denoising = Denoising(scheduler, prepare, codec.shape(config.image_size), device, precision, config.prediction,
-                          config.loss_weighting, config.label_dropout)
-    # Of a checkpoint, besides the weights.
-    content = dict(unet=asdict(unet_config), scheduler=scheduler.config(), autoencoder=codec.saved())
 
-    def picture(average: UNet, path: Path) -> None:
-        """A grid of samples, always from the same noise, so that one sees the same creature grow."""
-        images = sample_seeds(
-            average, scheduler, range(config.num_samples), config.image_size, device, precision, codec=codec,
-            sampler=config.sampler, steps=min(config.sample_steps, config.timesteps), prediction=config.prediction,
-            types=each_type_in_turn(config.num_samples, len(types)), guidance=config.guidance if types else 1.0,
-        )
-        nrow = math.ceil(math.sqrt(len(images)))
-        save_image(images, path, nrow=nrow, normalize=True, value_range=(-1, 1), pad_value=1)
-
-    training.run(Task(model, denoising.draw, denoising.loss, picture, content))
+def init_from(config: Config, net: UNet, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace,
+              class_names: tuple[str, ...]) -> None:
+    """Start from the EMA weights of another run. Raises ValueError if they mean something else there."""
+    other = Pipeline.load(config.init, space.device if space.is_latent else "cpu")
+    ours = dict(size=net.config, types=tuple(class_names), prediction=config.prediction, schedule=scheduler.config(),
+                autoencoder=space.fingerprint())
+    theirs = dict(size=replace(other.net.config, dropout=net.config.dropout), types=other.class_names,
+                  prediction=other.prediction, schedule=other.scheduler.config(), autoencoder=other.space.fingerprint())
+    different = [name for name in ours if ours[name] != theirs[name]]
+    if different:
+        raise ValueError(f"--init {config.init} is of another network: its {' and '.join(different)} differs; give the "
+                         f"flags that it was trained with")
+    net.load_state_dict(other.net.state_dict())
 
 
-def each_type_in_turn(num_images: int, num_types: int) -> torch.Tensor | None:
-    """The types [num_images, num_types] of a sample grid: a single one each, in their order, over and over."""
-    return torch.eye(num_types)[torch.arange(num_images) % num_types] if num_types else None
+def each_class_in_turn(num_images: int, num_classes: int) -> torch.Tensor | None:
+    """Return labels [num_images, num_classes] of a single class each, in turn; None for an unconditional model."""
+    return torch.eye(num_classes)[torch.arange(num_images) % num_classes] if num_classes else None
 
 
 if __name__ == "__main__":

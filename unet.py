@@ -1,12 +1,11 @@
-"""The network: a U-Net that looks at a noisy image and its timestep, and answers with an image.
+"""U-Net that predicts eps, v or x_0 from a noisy image, its timestep and, optionally, labels.
 
     python unet.py                                                    # the reference network: 54,195,523 parameters
-    python unet.py --image_size 256                                   # with the levels for pictures of that size
+    python unet.py --image_size 256                                   # with the levels for images of that size
     python unet.py --width 32 --multipliers 1 2 4 --image_size 32     # any other size of the same class
 
-It can also be told what the image shows: a set of types, such as fire and flying. The shape is that of Ho et al.
-(2020), appendix B, with the timestep entering each block as a scale and a shift (Dhariwal & Nichol 2021, "adaptive
-group normalisation").
+The architecture is that of Ho et al. (2020), appendix B, with the timestep entering each block as a scale and a shift
+(Dhariwal & Nichol 2021, "adaptive group normalisation").
 """
 
 from __future__ import annotations
@@ -21,43 +20,45 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# The multipliers of the width, one a level, for pictures of so many pixels a side; other sizes take those of 64. In
-# each row a level has two blocks, and the deepest is 8x8, where the middle block's attention sees the whole picture at
-# the price of 64 positions: at 16x16 it would be 256, and 16 times as many pairs of them. FLOP are those of one pass of
-# one image, multiply and add counted as two (torch.utils.flop_counter).
+# Multipliers of the width, one a level, by the side of the image in pixels; other sizes take those of 64. Every level
+# has two blocks. The deepest level is always 8x8, where attention sees the whole image at the price of 64 positions: at
+# 16x16 there would be 256, and 16 times as many pairs. FLOP are those of one pass of one image, multiply and add
+# counted as two (torch.utils.flop_counter).
 LEVELS: dict[int, tuple[int, ...]] = {
     # The reference network: 54,195,523 parameters, 18.0 GFLOP.
     64: (1, 2, 4, 8),
-    # The reference network, below one more level for what only the larger picture shows: edges and texture, for which
-    # the narrowest width has to do, since a level costs four times what it would at half the size. 54,866,115
-    # parameters, 34.6 GFLOP; the four levels of 64 would take 72.1, and attention at 16x16.
+    # The reference network below one more level, for the edges and texture that only the larger image shows. That level
+    # has the narrowest width, since it costs four times what it would at half the size. 54,866,115 parameters, 34.6
+    # GFLOP; the four levels of 64 would take 72.1, and attention at 16x16.
     128: (1, 1, 2, 4, 8),
-    # And one more, for the same reasons. 55,536,707 parameters, 101.0 GFLOP; with four levels 289.8.
+    # One more, for the same reasons. 55,536,707 parameters, 101.0 GFLOP; with four levels 289.8.
     256: (1, 1, 1, 2, 4, 8),
 }
 
 
 def default_multipliers(image_size: int) -> tuple[int, ...]:
-    """The multipliers of LEVELS for pictures of this size."""
+    """Return the multipliers of LEVELS for images of this size."""
     return LEVELS.get(image_size, LEVELS[64])
 
 
 @dataclass
 class UNetConfig:
-    """All that the network's size follows from; the defaults are the reference network."""
+    """The size of the network; the defaults are the reference network."""
 
     channels: int = 3  # of the image
     width: int = 64  # channels at the first level
-    multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one a level; each level halves the resolution
-    blocks: int = 2  # residual blocks a level on the way down; one more on the way up
-    head_width: int | None = None  # channels of an attention head; None: 64, or what of it divides the deepest level
+    multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one per level; each level halves the resolution
+    blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
+    head_width: int | None = None  # channels per attention head; None: gcd(64, width of the deepest level)
     groups: int = 32  # of the group normalisations
-    dropout: float = 0.0  # inside of the residual blocks, while training
-    augment_dim: int = 5  # numbers that can tell the network how its image was augmented; they cost no parameter
-    num_types: int = 0  # kinds of thing that an image can be told to show; 0: the network is unconditional
+    dropout: float = 0.0  # in the residual blocks, during training
+    augment_dim: int = 5  # numbers that describe how an image was augmented; they cost no parameters
+    num_types: int = 0  # number of classes; 0: unconditional
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
+        if not self.multipliers:
+            raise ValueError("multipliers must name at least one level, and there are none")
         if self.head_width is None:
             self.head_width = math.gcd(64, self.widths[-1])
         if min(self.channels, self.width, self.blocks, self.head_width, self.groups, *self.multipliers) < 1:
@@ -88,7 +89,7 @@ class UNetConfig:
 
 
 class UNet(nn.Module):
-    """`model(x_t, t[, types])` -> a tensor of the shape of x_t: eps, v or x_0, whichever it was trained for.
+    """U-Net: `model(x_t, t[, labels])` returns eps, v or x_0 (whichever it was trained for) in the shape of x_t.
 
     Args:
         config: the sizes. None: the reference network, 54,195,523 parameters; 18.0 GFLOP an image at 64x64.
@@ -96,14 +97,13 @@ class UNet(nn.Module):
     Shapes:
         x_t: [B, channels, H, W], float; H and W multiples of `config.size_multiple` (8 for the reference network).
         t: [B], integers in 0 ... T-1.
-        types: [B, num_types], 1 for each type that the image has and 0 for the others, or None. A row of zeros, or
-            None, says nothing: the network then answers for images of any type.
-        augmentation: [B, augment_dim], each in [-1, 1], or None: what was done to the pictures (`augmentation.augment`
-            returns it). None, or zeros, says that nothing was: that is how to sample.
+        labels: multi-hot [B, num_types], or None. A row of zeros, or None, is unconditional.
+        augment_labels: [B, augment_dim], each in [-1, 1], or None: how the images were augmented (see
+            training/augment.py). None, or zeros, means that they were not, which is how to sample.
 
     Attributes:
-        grad_checkpoint: set it to keep only the blocks' inputs for the backward pass, which then computes each block
-            a second time (Chen et al. 2016): the same gradients, for less memory and a fifth more arithmetic.
+        grad_checkpoint: keep only the blocks' inputs for the backward pass, which then computes each block a second
+            time (Chen et al. 2016): the same gradients, for less memory and a fifth more arithmetic.
     """
 
     def __init__(self, config: UNetConfig | None = None):
@@ -113,15 +113,15 @@ class UNet(nn.Module):
         widths, emb_width = config.widths, 4 * config.width
 
         self.time_mlp = nn.Sequential(nn.Linear(config.width, emb_width), nn.SiLU(), nn.Linear(emb_width, emb_width))
-        # Augmentation is told through fixed waves added to the timestep's embedding, not through learned weights as in
-        # Karras et al. (2022), appendix F.2: no parameter is spent, the zero vector changes nothing, and the rows are
-        # orthogonal to each other and as loud as the timestep's own embedding (both have norm sqrt(width / 2)).
+        # Augmentation labels enter as fixed waves added to the timestep embedding, not through learned weights as in
+        # Karras et al. (2022), appendix F.2: they cost no parameters, the zero vector changes nothing, and the rows are
+        # orthogonal, with the norm of the timestep embedding itself, sqrt(width / 2).
         row, column = torch.arange(config.augment_dim)[:, None] + 1, torch.arange(config.width)[None] + 0.5
         self.register_buffer("augment_waves", torch.cos(math.pi * row * column / config.width), persistent=False)
 
         if config.num_types:
-            # A vector a type, added up over an image's types: "fire flying" is a set and has no order. Nothing is added
-            # where no type is told, so the unconditional answer needs no vector of its own.
+            # One vector per class, summed over an image's classes: a set has no order. Without a class nothing is
+            # added, so the unconditional output needs no vector of its own.
             self.type_vectors = nn.Linear(config.num_types, emb_width, bias=False)
             nn.init.normal_(self.type_vectors.weight, std=0.02)
 
@@ -129,7 +129,7 @@ class UNet(nn.Module):
             return ResBlock(c_in, c_out, emb_width, config)
 
         self.conv_in = nn.Conv2d(config.channels, config.width, 3, padding=1)
-        skips, c = [config.width], config.width  # widths of the tensors that wait for the way up
+        skips, c = [config.width], config.width  # widths of the skip connections
         self.down = nn.ModuleList()
         for level, width in enumerate(widths):
             blocks = nn.ModuleList()
@@ -153,21 +153,23 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(config.groups, c)
         self.conv_out = nn.Conv2d(c, config.channels, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)  # the first answer is 0, the mean of what it will be asked for
+        nn.init.zeros_(self.conv_out.weight)  # zero-init: the initial prediction is the target's mean
         nn.init.zeros_(self.conv_out.bias)
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, types: torch.Tensor | None = None, *,
-                augmentation: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None, *,
+                augment_labels: torch.Tensor | None = None) -> torch.Tensor:
+        # Embedding of timestep, augmentation and classes.
         emb = timestep_embedding(t, self.config.width)
-        if augmentation is not None:
-            emb = emb + augmentation @ self.augment_waves
+        if augment_labels is not None:
+            emb = emb + augment_labels @ self.augment_waves
         emb = self.time_mlp(emb.to(self.conv_in.weight.dtype))
-        if types is not None and types.shape[1] != self.config.num_types:
-            raise ValueError(f"{types.shape[1]} types for a network of {self.config.num_types}")
-        if types is not None and self.config.num_types:
-            emb = emb + self.type_vectors(types.to(emb.dtype))
+        if labels is not None and labels.shape[1] != self.config.num_types:
+            raise ValueError(f"labels of {labels.shape[1]} classes for a network of {self.config.num_types}")
+        if labels is not None and self.config.num_types:
+            emb = emb + self.type_vectors(labels.to(emb.dtype))
         emb = F.silu(emb)
 
+        # Encoder.
         h = self.conv_in(x_t)
         skips = [h]
         for level, blocks in enumerate(self.down):
@@ -178,9 +180,11 @@ class UNet(nn.Module):
                 h = self.run(block, h, emb)
                 skips.append(h)
 
+        # Middle, at the lowest resolution.
         block_1, attention, block_2 = self.middle
         h = self.run(block_2, self.run(attention, self.run(block_1, h, emb)), emb)
 
+        # Decoder: each block also gets the skip connection of its encoder counterpart.
         for level, blocks in enumerate(self.up):
             if level > 0:
                 h = F.interpolate(h, scale_factor=2.0, mode="nearest")
@@ -190,16 +194,16 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        """block(*inputs), of which the backward pass is left nothing but the inputs where `grad_checkpoint` is set."""
+        """Return block(*inputs), keeping only the inputs for the backward pass if `grad_checkpoint` is set."""
         if not (self.grad_checkpoint and self.training):
             return block(*inputs)
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, conv; then the same with the timestep's scale and shift; added to the input.
+    """Residual block: GroupNorm, SiLU, conv; then the same with the timestep's scale and shift.
 
-    On the way up the input is x together with `skip`, the tensor that waited for it.
+    In the decoder the input is x concatenated with the skip connection.
     """
 
     def __init__(self, c_in: int, c_out: int, emb_width: int, config: UNetConfig):
@@ -211,7 +215,7 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.conv_2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
-        nn.init.zeros_(self.conv_2.weight)  # each block starts as its shortcut, so that a deep network starts shallow
+        nn.init.zeros_(self.conv_2.weight)  # zero-init: each block starts as its shortcut
         nn.init.zeros_(self.conv_2.bias)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
@@ -224,7 +228,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all positions of the deepest level (Vaswani et al. 2017), added to its input."""
+    """Residual self-attention over all positions of the deepest level (Vaswani et al. 2017)."""
 
     def __init__(self, channels: int, config: UNetConfig):
         super().__init__()
@@ -242,7 +246,7 @@ class Attention(nn.Module):
 
 
 def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoids of t at frequencies from 1 to 1/10000, [B] -> float32 [B, width] (Vaswani et al. 2017, section 3.5)."""
+    """Sinusoidal embedding of t at frequencies 1 to 1/10000: [B] -> float32 [B, width] (Vaswani et al. 2017, 3.5)."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies[None]
@@ -250,17 +254,17 @@ def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of trainable numbers in a module."""
+    """Return the number of trainable parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 
-def describe(model: UNet, image_size: int) -> str:
-    """The network as a table: a line a level with its resolution, width, blocks and parameters, then the total."""
+def network_table(model: UNet, image_size: int) -> str:
+    """Format the network as a table: resolution, width, blocks and parameters of each level, then the total."""
     config, levels = model.config, len(model.config.widths)
     side = [image_size // 2**level for level in range(levels)]
     rows = [("timestep", "", 4 * config.width, "", model.time_mlp)]
     if config.num_types:
-        rows.append(("types", "", 4 * config.width, "", model.type_vectors))
+        rows.append(("classes", "", 4 * config.width, "", model.type_vectors))
     rows.append(("in", side[0], config.width, "", model.conv_in))
     for level, blocks in enumerate(model.down):
         rows.append((f"down {level + 1}", side[level], config.widths[level], len(blocks), blocks))
@@ -280,11 +284,11 @@ def describe(model: UNet, image_size: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Print the network as a table.")
     parser.add_argument("--width", type=int, default=64, help="channels at the first level (default: 64)")
-    parser.add_argument("--multipliers", type=int, nargs="+", help="of the width, one a level (default: those for the "
-                        "image size)")
-    parser.add_argument("--blocks", type=int, default=2, help="residual blocks a level (default: 2)")
+    parser.add_argument("--multipliers", type=int, nargs="+", help="of the width, one per level (default: those for "
+                        "the image size)")
+    parser.add_argument("--blocks", type=int, default=2, help="residual blocks per level (default: 2)")
     parser.add_argument("--groups", type=int, default=32, help="groups of the normalisations (default: 32)")
-    parser.add_argument("--num_types", type=int, default=0, help="kinds of thing it can be told to draw (default: 0)")
+    parser.add_argument("--num_types", type=int, default=0, help="number of classes (default: 0)")
     parser.add_argument("--image_size", type=int, default=64, help="side of the image, in pixels (default: 64)")
     args = parser.parse_args()
     try:
@@ -295,7 +299,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if args.image_size < 1 or args.image_size % model.config.size_multiple:
         sys.exit(f"error: --image_size must be a multiple of {model.config.size_multiple}, not {args.image_size}")
-    print(describe(model, args.image_size))
+    print(network_table(model, args.image_size))
 
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ def final(trained) -> Path:
 @pytest.fixture(scope="session")
 def trained_autoencoder(tmp_path_factory) -> Path:
     """The folder in which a tiny autoencoder was trained, 8 steps. Not to be written to."""
-    import autoencoder
     from scripts import TINY_AUTOENCODER, call
+    from tools import train_autoencoder
 
     folder = tmp_path_factory.mktemp("trained_autoencoder")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert call(autoencoder, *TINY_AUTOENCODER) == 0
+        assert call(train_autoencoder, *TINY_AUTOENCODER) == 0
     return folder

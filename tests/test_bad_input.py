@@ -1,7 +1,9 @@
-"""What users' folders hold: images and label files that are damaged, hostile, or not what they are called.
+"""Folders as users have them: images and label files that are damaged, hostile, or not what their name says.
 
-Each is named in a line and left out, or refused in a line where nothing is left; and no file of the user's is touched.
+Each is named on a line and left out, or refused on a line if nothing is left; no file of the user's is touched.
 """
+
+from __future__ import annotations
 
 import os
 import struct
@@ -13,13 +15,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, PngImagePlugin
-
-import dataset
-import train
 from scripts import ROOT, TINY, assert_one_line, call, tree
 
+import train
+from tools import preview_data
+from utils.errors import printable
+
 pytestmark = [pytest.mark.usefixtures("own_folder"),
-              pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]  # pytest lets it through again
+              pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")]  # pytest resets the filters
 
 
 def encoded(name: str, size: int = 40, **options) -> bytes:
@@ -29,7 +32,7 @@ def encoded(name: str, size: int = 40, **options) -> bytes:
 
 
 def png(width: int, height: int, pixels: bytes = b"", bits: int = 8, more: bytes = b"") -> bytes:
-    """A grey PNG of any dimensions, whatever it then holds."""
+    """A grey PNG that claims any dimensions, whatever it then holds."""
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -50,11 +53,11 @@ BAD_IMAGES = {
     "cut.webp": (half(encoded("WEBP", lossless=True)), ""),
     "cut.bmp": (half(encoded("BMP")), "truncated"),
     "only its first bytes.jpg": (b"\xff\xd8\xff\xe0", "not an image"),
-    "text.jpg": (b"this is no picture\n" * 20, "not an image"),
+    "text.jpg": (b"this is not an image\n" * 20, "not an image"),
     "page.png": (b"<!DOCTYPE html><html>404 not found</html>", "not an image"),
     "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>', "not an image"),
     "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/x) (w) file\n", "not an image"),
-    "scan.jpg": (encoded("TIFF"), "not an image"),  # Pillow could read it, but with a decoder that we do not let run
+    "scan.jpg": (encoded("TIFF"), "not an image"),  # Pillow could read it, with a decoder that may not run
     "noise.png": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ""),
     "a lie about the size.png": (png(60_000, 60_000), "decompression bomb"),
     "bomb.png": (png(20_000, 20_000, bytes(20_000 * 2_501), bits=1), "decompression bomb"),
@@ -75,19 +78,19 @@ def good_images(folder: Path, *names: str) -> None:
 
 
 def assert_named_and_left_out(name: str, why: str, capsys) -> None:
-    """Among good ones it costs a line; alone in its folder it is refused."""
+    """Among good images it costs a line; alone in its folder it is an error."""
     good_images(Path("mine"))
     before = tree()
-    assert call(dataset, "mine", "--image_size", 16, "--output", "seen.png") == 0
-    said = capsys.readouterr()
-    line, = said.err.splitlines()
-    assert line.startswith("warning: left out mine") and dataset.printable(name) in line and why in line
-    assert "3 images in mine, 1 files left out" in said.out
+    assert call(preview_data, "mine", "--image_size", 16, "--output", "seen.png") == 0
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("warning: left out mine") and printable(name) in line and why in line
+    assert "3 images in mine, 1 files left out" in printed.out
     Path("seen.png").unlink()
     for path in Path("mine").glob("good*"):
         path.unlink()
     code = call(train, *TINY, "--data", "mine")
-    line, = capsys.readouterr().err.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: left out")
     assert_one_line(code, capsys, "none of the 1 image files in mine can be read")
     assert tree() == {path: content for path, content in before.items() if "good" not in path}
@@ -103,7 +106,7 @@ def test_a_bad_image(name, capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes")
 @pytest.mark.parametrize("kind", ["nowhere", "itself", "pipe", "no permission"])
-def test_what_is_no_file(kind, capsys, monkeypatch):
+def test_links_and_pipes(kind, capsys, monkeypatch):
     Path("mine").mkdir()
     path, why = Path("mine/odd.png"), "not a file, or a link to nowhere"
     if kind == "nowhere":
@@ -116,26 +119,26 @@ def test_what_is_no_file(kind, capsys, monkeypatch):
         path.write_bytes(encoded("PNG"))
         path.chmod(0)
         why = "Permission denied"
-        if os.access(path, os.R_OK):  # root may read it all the same
-            read = dataset.Image.open
+        if os.access(path, os.R_OK):  # root may read it nevertheless
+            read = Image.open
 
             def refuse(file, **options):
                 if Path(file).name == "odd.png":
                     raise PermissionError(13, why, str(file))
                 return read(file, **options)
 
-            monkeypatch.setattr(dataset.Image, "open", refuse)
+            monkeypatch.setattr(Image, "open", refuse)
             monkeypatch.setattr(Path, "read_bytes", lambda path: b"")
     assert_named_and_left_out("odd.png", why, capsys)
 
 
-GOOD_NAMES = ["with spaces  .png", "Pokémon.png", "ポケモン.png", "بوكيمون.png", "🐉.png", "-rf.png", "a'b\"c$(d)`e`.png",
-              "%s{0}.png", "x" * 200 + ".png", "CON.PNG", "a.tar.gz.jpeg", "back\\slash.png"]
+GOOD_NAMES = ["with spaces  .png", "Pokémon.png", "ポケモン.png", "بوكيمون.png", "🐉.png", "-rf.png",
+              "a'b\"c$(d)`e`.png", "%s{0}.png", "x" * 200 + ".png", "CON.PNG", "a.tar.gz.jpeg", "back\\slash.png"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows allows fewer names")
-def test_names_of_any_script_and_bytes_that_are_no_text(capsys):
-    """Trained on, held out, resumed, and in a folder whose name is no text either."""
+def test_names_of_any_script_and_bytes_that_are_not_text(capsys):
+    """Train, hold out, resume, in a folder whose name is not text either."""
     folder = Path(os.fsdecode(b"caf\xe9 \xff"))
     names = [*GOOD_NAMES, os.fsdecode(b"latin-1 \xe9.png"), "two\nlines.png"]
     try:
@@ -150,16 +153,18 @@ def test_names_of_any_script_and_bytes_that_are_no_text(capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="Windows allows fewer names")
-def test_the_real_commands_with_a_name_that_is_no_text():
+def test_the_real_commands_with_a_name_that_is_not_text():
     """stdout may be of any encoding, and strict."""
     folder = os.fsdecode(b"caf\xe9")
     good_images(Path(folder))
-    for script, flags in ("dataset.py", [folder]), ("train.py", [*TINY, "--data", f"{folder}/none"]):
-        done = subprocess.run([sys.executable, ROOT / script, *flags], capture_output=True, text=True, timeout=200,
-                              env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    preview = [sys.executable, "-m", "tools.preview_data", folder]
+    training = [sys.executable, ROOT / "train.py", *TINY, "--data", f"{folder}/none"]
+    for command, status in (preview, 0), (training, 1):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200,
+                              env={**os.environ, "PYTHONIOENCODING": "ascii:strict", "PYTHONPATH": str(ROOT)})
         assert "Traceback" not in done.stderr and "caf\\udce9" in done.stdout + done.stderr
-        assert done.returncode == (script == "train.py")
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1  # of train.py, the last
+        assert done.returncode == status
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1  # of train.py
 
 
 def test_all_of_them_at_once_and_training_goes_well(capsys):
@@ -169,10 +174,10 @@ def test_all_of_them_at_once_and_training_goes_well(capsys):
             Path("mine", name).write_bytes(content)
     before = tree()
     assert call(train, *TINY, "--data", "mine", "--max_steps", 1) == 0
-    said = capsys.readouterr()
-    lines = [line for line in said.err.splitlines() if line.startswith("warning: left out")]
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith("warning: left out")]
     assert len(lines) == 11 and f"{len(tree(Path('mine'))) - 3 - 10} more files" in lines[-1]
-    assert "images     3 of 16 x 16" in said.out
+    assert "images     3 of 16 x 16" in printed.out
     assert {path: content for path, content in tree().items() if path in before} == before
 
 
@@ -205,7 +210,7 @@ def test_bad_labels(kind, capsys):
 @pytest.mark.skipif(os.name != "posix", reason="links")
 @pytest.mark.parametrize("kind, why", [("folder", "directory"), ("nowhere", "No such file"),
                                        ("missing", "No such file")])
-def test_labels_that_are_no_file(kind, why, capsys):
+def test_labels_that_are_not_a_file(kind, why, capsys):
     good_images(Path("mine"))
     if kind == "folder":
         Path("mine/labels.csv").mkdir()
@@ -231,4 +236,4 @@ def test_images_of_other_names_are_noticed():
     assert call(train, *TINY, "--data", "mine", "--max_steps", 1) == 0
     Path("mine/good 1.png").rename("mine/good 4.png")
     assert "other file names" in call(train, "--resume", "--max_steps", 2)
-    assert not PngImagePlugin.ImageFile.LOAD_TRUNCATED_IMAGES  # half a picture would train as a grey one
+    assert not PngImagePlugin.ImageFile.LOAD_TRUNCATED_IMAGES  # half an image would be trained on as a half grey one

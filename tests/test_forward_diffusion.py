@@ -1,13 +1,10 @@
-"""The forward process against its definition: schedules, the jump to any timestep, eps / v / x_0, seeds, pictures."""
+"""The forward process against its definition: schedules, the jump to any timestep, eps / v / x_0."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-import forward_diffusion
-from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler, seed_from
-from scripts import assert_one_line, call
+from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler
 
 
 def linear_betas(num_timesteps: int = 1000) -> np.ndarray:
@@ -135,32 +132,6 @@ def test_wrong_arguments_are_refused():
     for t in (-2, 10):
         with pytest.raises(ValueError):
             scheduler.alpha_bar(t)
-
-
-def test_seed_from_tells_any_two_positions_apart():
-    positions = [(1, 2), (2, 1), (1,), (1, 0), (1, 0, 0), (0,), (0, 1), (), (2**32,), (2**32 + 1,), (-1,), (-1, 0)]
-    positions += [(0, step) for step in range(2, 1000)]
-    seeds = [seed_from(*position) for position in positions]
-    for stream in ("order", "step", "steps"):
-        seeds += [seed_from(*position, stream=stream) for position in positions[:12]]
-    assert len(set(seeds)) == len(positions) + 36
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert seed_from(1, 2) == 4_013_407_976_395_716_621  # what it is today: another value would end all exact resuming
-
-
-def test_the_pictures_are_drawn(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (40, 30), "red").save("cat.png")
-    for flags in ([], ["cat.png"]):
-        assert call(forward_diffusion, "--image_size", 16, *flags) == 0
-        for name in ("forward_diffusion.png", "schedules.png"):
-            picture = np.asarray(Image.open(tmp_path / "outputs" / name).convert("RGB"))
-            assert picture.std() > 5  # not blank
-            (tmp_path / "outputs" / name).unlink()
-
-
-def test_a_missing_picture_is_one_line(capsys):
-    assert_one_line(call(forward_diffusion, "no_cat.jpg"), capsys, "no_cat.jpg")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

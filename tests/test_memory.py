@@ -1,4 +1,6 @@
-"""A folder that does not fit in memory does not have to: only the list of its names grows with it."""
+"""Memory of a folder that is read as needed: it grows with the names of the files, not with their pixels."""
+
+from __future__ import annotations
 
 import os
 import shutil
@@ -11,28 +13,29 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Prints the peak memory in bytes, of this process and of the largest of its workers, after each folder.
+# Prints, after each folder, its number of images and the peak memory in bytes of this process and of a worker.
 READ = f"""
 import resource, sys
 sys.path.insert(0, {str(ROOT)!r})
-from dataset import ImageFolder, make_loader
+from training.batches import make_loader
+from training.dataset import ImageFolder
 unit = 1 if sys.platform == "darwin" else 1024
 for folder in sys.argv[1:]:
     dataset = ImageFolder(folder, 64, memory_limit=0)
     for images, labels in make_loader(dataset, 32, seed=0, last_step=200, workers=2):
         assert images.shape == (32, 3, 64, 64)
-    peaks = [resource.getrusage(who).ru_maxrss * unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    peaks = [resource.getrusage(kind).ru_maxrss * unit for kind in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     print(len(dataset), *peaks)
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="Windows does not tell a process its peak")
+@pytest.mark.skipif(os.name != "posix", reason="Windows does not report the peak")
 def test_twenty_thousand_files_take_the_memory_of_their_names(tmp_path):
     Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / "one.png")
     for folder, count in ("few", 500), ("many", 20_000):
         (tmp_path / folder).mkdir()
         for i in range(count):
-            name = tmp_path / folder / f"a picture with a name as long as people give them {i:05d}.png"
+            name = tmp_path / folder / f"an image with a name as long as people give them {i:05d}.png"
             try:
                 os.link(tmp_path / "one.png", name)
             except OSError:  # a file system without links, or with few

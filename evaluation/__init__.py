@@ -1,0 +1,1 @@
+"""Metrics of samples and models, and the report of evaluate.py."""

@@ -1,0 +1,77 @@
+"""Error bars: standard errors, confidence intervals, and how a figure of the report is stored.
+
+A figure is a dict of plain values: "value", and the ends "low" and "high" of its 95 % interval where that is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Z_95 = 1.96  # a normal variable is within so many standard deviations of its mean with 95 % probability
+
+
+@dataclass
+class Score:
+    """A measured value and its standard error (NaN where it is unknown)."""
+
+    value: float
+    error: float
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Return the standard error of the mean of `values` [N]; NaN for fewer than two."""
+    return (values.std() / len(values) ** 0.5).item() if len(values) > 1 else math.nan
+
+
+def jackknife_error(without_each_group: torch.Tensor | np.ndarray | Sequence[float], axis: int = 0) -> torch.Tensor:
+    """Return the standard error of a statistic by the delete-a-group jackknife (Efron & Stein 1981).
+
+    Args:
+        without_each_group: the statistic of all data but one group, for each of G groups of about the same size along
+            `axis`; other axes hold other statistics.
+
+    Returns:
+        float64, without that axis.
+    """
+    values = torch.as_tensor(without_each_group, dtype=torch.float64)
+    return ((values.shape[axis] - 1) * values.var(dim=axis, unbiased=False)).sqrt()
+
+
+def wilson_interval(count: int, total: int, z: float = Z_95) -> tuple[float, float, float]:
+    """Return a proportion and its 95 % interval, (fraction, low, high) (Wilson 1927).
+
+    The interval stays within [0, 1] and also holds for proportions near 0 and 1. With a total of 0 the fraction is NaN.
+    """
+    if total == 0:
+        return math.nan, 0.0, 1.0
+    fraction = count / total
+    middle = (fraction + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(fraction * (1 - fraction) / total + z**2 / (4 * total**2))
+    return fraction, max(0.0, middle - half), min(1.0, middle + half)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# figures of the report
+
+
+def score_figure(score: Score) -> dict[str, float]:
+    """Return a score as a figure; without an interval where its error is unknown."""
+    if math.isnan(score.error):
+        return dict(value=score.value)
+    return dict(value=score.value, low=score.value - Z_95 * score.error, high=score.value + Z_95 * score.error)
+
+
+def mean_figure(values: torch.Tensor) -> dict[str, float]:
+    """Return the mean of `values` [N] as a figure."""
+    return score_figure(Score(values.mean().item(), standard_error(values)))
+
+
+def fraction_figure(mask: torch.Tensor) -> dict[str, float]:
+    """Return the fraction of true elements of `mask`, bool [N], as a figure."""
+    fraction, low, high = wilson_interval(mask.sum().item(), len(mask))
+    return dict(value=fraction, low=low, high=high)

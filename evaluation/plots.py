@@ -1,0 +1,78 @@
+"""Plots of the report: figures over the training, and bits by timestep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evaluation.meanings import MEANINGS
+from evaluation.measure import Measurement
+from utils.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OVER_TIME = ("bits_train", "bits_held_out", "copies", "precision", "recall", "coverage", "wasserstein",
+             "wasserstein_fine", "saturation")
+COLUMNS = 3
+
+
+def plot_over_time(measurements: Sequence[Measurement], path: Path) -> None:
+    """Plot the figures of OVER_TIME against the epoch, with intervals, and those of real images as a dashed line."""
+    names = [name for name in OVER_TIME if any(name in m.figures for m in measurements)]
+    figure, axes = _new_figure(math.ceil(len(names) / COLUMNS), COLUMNS)
+    for axis, name in zip(axes, names):
+        _plot_figure([m for m in measurements if name in m.figures], name, axis)
+    for axis in axes[len(names):]:
+        axis.axis("off")
+    _save(figure, path)
+
+
+def _plot_figure(measurements: Sequence[Measurement], name: str, axis: Axes) -> None:
+    """Plot one figure against the epoch."""
+    meaning, epochs, figures = MEANINGS[name], [m.epoch for m in measurements], [m.figures[name] for m in measurements]
+    factor = 100 if meaning.style == "%" else 1
+
+    def scaled(values: Sequence[dict], key: str) -> list[float]:
+        return [factor * value[key] for value in values]
+
+    axis.plot(epochs, scaled(figures, "value"), marker="o", color="C0")
+    if all("low" in figure for figure in figures):
+        axis.fill_between(epochs, scaled(figures, "low"), scaled(figures, "high"), alpha=0.2)
+    if all("real" in figure for figure in figures):
+        axis.plot(epochs, scaled([figure["real"] for figure in figures], "value"), "--", color="grey")
+    unit = ", %" if meaning.style == "%" else ""
+    axis.set_title(f"{meaning.heading}{unit} ({meaning.direction})", fontsize=9)
+    axis.set_xlabel("epoch")
+    axis.grid(alpha=0.3)
+
+
+def plot_bits(measurement: Measurement, path: Path) -> None:
+    """Plot the terms of the variational bound against the timestep, for training and for unseen images."""
+    figure, (axis,) = _new_figure(1, 1, width=7, height=3.4)
+    labels = {"train": "training images", "held_out": "unseen images"}
+    for name, bits in measurement.bits.items():
+        middles = [(first + last) / 2 for first, last in bits["ranges"]]
+        per_timestep = [value / (last - first + 1) for value, (first, last) in zip(bits["steps"], bits["ranges"])]
+        axis.loglog(middles, per_timestep, marker=".", label=labels[name])
+    axis.set_xlabel("timestep t (0 is the least noise)")
+    axis.set_ylabel("bits per value and timestep")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    _save(figure, path)
+
+
+def _new_figure(rows: int, columns: int, width: float = 11, height: float = 2.5) -> tuple[Figure, list[Axes]]:
+    """Return a figure and its axes, row by row; `height` is that of a row."""
+    from matplotlib.figure import Figure  # without pyplot no display is looked for
+
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flatten())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)

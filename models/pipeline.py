@@ -1,0 +1,322 @@
+"""A trained model, ready to draw: network, schedule, space and settings, from one checkpoint.
+
+    pipeline = Pipeline.load("checkpoints/critters.pt")
+    images = pipeline.sample(range(16), labels=pipeline.class_labels([("fire", "flying")] * 16), guidance=3.0)
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from forward_diffusion import PREDICTIONS, NoiseScheduler
+from models.space import LatentSpace, PixelSpace, space_from_state
+from reverse_diffusion import default_steps, find_sampler, sample
+from unet import UNet, UNetConfig
+from utils.checkpoint import CheckpointError, check_finite, load_checkpoint
+from utils.cuda_graph import CUDAGraphed
+from utils.device import autocast, memory_format, pick_precision
+from utils.seeding import seed_from
+
+NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and its class
+DEFAULT_GUIDANCE = 3.0  # where classes are asked for
+GRID_SAMPLER = ("ddim", 50)  # of sample grids during training, unless the training chose another
+DECODE_BATCH = 16  # images whose latents are decoded at a time
+
+
+class Pipeline:
+    """A model and what it takes to draw with it.
+
+    Args:
+        net: the network, on `device`.
+        settings: the training's settings, with "image_size" and "prediction" among them.
+        class_names: the classes it can be asked for, in the order of its inputs; empty for an unconditional model.
+
+    Attributes:
+        net, scheduler, space, settings, class_names, device, precision: as given.
+    """
+
+    def __init__(self, net: nn.Module, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace,
+                 settings: dict[str, Any], class_names: Sequence[str], device: torch.device, precision: str):
+        self.net, self.scheduler, self.space, self.settings = net, scheduler, space, settings
+        self.class_names, self.device, self.precision = tuple(class_names), device, precision
+        self.image_size, self.prediction = settings["image_size"], settings["prediction"]
+        self._network: Callable[..., torch.Tensor] = functools.partial(self._in_full_batches, net)
+        if device.type == "cuda":  # recorded once a shape, for all samples that this pipeline draws
+            self._network = CUDAGraphed(self._network, repeatable=True)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device = "cpu", precision: str = "auto") -> Pipeline:
+        """Load the averaged weights of a checkpoint, and all that belongs to them.
+
+        Raises:
+            CheckpointError: if the file is missing, damaged, not a diffusion model, or inconsistent.
+        """
+        device = torch.device(device)
+        content = load_checkpoint(path)
+        if "network" not in content:
+            raise CheckpointError(f"{path} holds no diffusion model; choose the checkpoint of a train.py run")
+        try:
+            net = _build_network(content["network"], content["ema"])
+            scheduler = NoiseScheduler(**content["scheduler"])
+            space = space_from_state(content.get("autoencoder"), device)
+            settings, class_names = content["config"], tuple(content.get("types", ()))
+            _check_consistent(net.config, space, settings, class_names)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is incomplete or of another version of PokeDiff; choose another "
+                                  f"file") from error
+        check_finite(path, net)
+        net = net.to(device, memory_format=memory_format(device)).eval()
+        return cls(net, scheduler, space, settings, class_names, device, pick_precision(precision, device))
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # what to draw, and how
+
+    @property
+    def default_sampler(self) -> tuple[str, int]:
+        """The sampler and steps that the training chose for its grids, else the full reverse process."""
+        chosen = self.settings.get("sampler", GRID_SAMPLER[0]), self.settings.get("sample_steps", GRID_SAMPLER[1])
+        if chosen == GRID_SAMPLER:
+            return "ddpm", self.scheduler.num_timesteps
+        return chosen[0], min(chosen[1], self.scheduler.num_timesteps)
+
+    @property
+    def grid_sampler(self) -> tuple[str, int]:
+        """The sampler and steps of the training's own sample grids."""
+        name, steps = self.settings.get("sampler", GRID_SAMPLER[0]), self.settings.get("sample_steps", GRID_SAMPLER[1])
+        return name, min(steps, self.scheduler.num_timesteps)
+
+    def choose_sampler(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
+        """Fill in what is not given: the default sampler, and a sampler's own number of steps.
+
+        Raises:
+            ValueError: for an unknown sampler, or more steps than timesteps.
+        """
+        if sampler is None:
+            sampler, own_steps = self.default_sampler
+        else:
+            own_steps = default_steps(sampler, self.scheduler.num_timesteps)
+        find_sampler(sampler)
+        steps = steps or own_steps
+        if steps > self.scheduler.num_timesteps:
+            raise ValueError(f"--steps must be in 1 ... {self.scheduler.num_timesteps} for this checkpoint, not "
+                             f"{steps}")
+        return sampler, steps
+
+    @property
+    def learned_without_labels(self) -> bool:
+        """Whether the training dropped labels, so that guidance has an unconditional output to compare with."""
+        return bool(self.class_names) and self.settings.get("label_dropout", 0.1) > 0
+
+    def check_guidance(self, guidance: float, labels: torch.Tensor | None) -> None:
+        """Raise ValueError for a guidance scale that this model cannot follow."""
+        if guidance == 1:
+            return
+        if not self.class_names:
+            raise ValueError("guidance strengthens types, and this checkpoint knows none: leave --guidance out")
+        if labels is None:
+            raise ValueError(f"guidance strengthens types, and none is given: add --types, with one or more of "
+                             f"{', '.join(self.class_names)}")
+        if not self.learned_without_labels:
+            raise ValueError("guidance compares with images of any type, and this checkpoint was trained with "
+                             "--label_dropout 0, that is, without them: leave --guidance out")
+
+    def class_labels(self, class_names: Sequence[Sequence[str]]) -> torch.Tensor:
+        """Return multi-hot labels, float32 [N, K], of the classes of each image.
+
+        Raises:
+            ValueError: for a class that the model does not know.
+        """
+        labels = torch.zeros(len(class_names), len(self.class_names))
+        for row, names in zip(labels, class_names):
+            for name in names:
+                row[self.class_names.index(name)] = 1
+        return labels
+
+    def noise(self, seeds: Iterable[int]) -> torch.Tensor:
+        """Return x_T, standard normal [B, *shape] on the CPU, image i from seeds[i] alone, equal on every device."""
+        shape = self.space.shape(self.image_size)
+        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # drawing
+
+    def sample(self, seeds: Sequence[int], *, labels: torch.Tensor | None = None, guidance: float = 1.0,
+               sampler: str | None = None, steps: int | None = None, x_T: torch.Tensor | None = None,
+               start: int | None = None, batch_size: int = 64, callback: Callable | None = None,
+               **options: Any) -> torch.Tensor:
+        """Draw images [N, 3, S, S] in [-1, 1], float32 on the CPU.
+
+        Image i depends on seeds[i], labels[i] and x_T[i] alone, whatever batch it is in: to the last bit on CPUs
+        (checked with one thread and with two, in float32 and bfloat16), up to the choice of kernels on GPUs.
+
+        Args:
+            seeds: one integer an image.
+            labels: multi-hot [N, K], see `class_labels`.
+            guidance: classifier-free guidance scale; 1 is off.
+            sampler, steps: see `choose_sampler`.
+            x_T: [N, *space.shape(image_size)], to start from; the seeds then determine only the noise of the steps.
+            start: the timestep of x_T; None: the last.
+            batch_size: images at a time; fewer if a GPU's memory does not suffice.
+            callback: see `reverse_diffusion.sample`.
+            options: of the sampler, and `clip`.
+
+        Raises:
+            ValueError: as `choose_sampler`, `check_guidance` and `reverse_diffusion.sample` do, and for a number of
+                rows of labels or x_T other than that of the seeds.
+        """
+        for name, given in (("labels", labels), ("x_T", x_T)):
+            if given is not None and len(given) != len(seeds):
+                raise ValueError(f"{len(given)} rows of {name} for {len(seeds)} seeds")
+        sampler, steps = self.choose_sampler(sampler, steps)
+        self.check_guidance(guidance, labels)
+        options = dict(clip=self.space.latent_range) | options
+        images: list[torch.Tensor] = []
+        i = 0
+        while i < len(seeds):
+            part = slice(i, i + batch_size)
+            noise = (self.noise(seeds[part]) if x_T is None else x_T[part]).to(self.device)
+            try:
+                x_0 = sample(
+                    self.denoise, self.scheduler, noise, sampler=sampler, steps=steps, prediction=self.prediction,
+                    labels=None if labels is None else labels[part], guidance=guidance, start=start,
+                    draw_noise=_seeded_steps(noise, seeds[part]), callback=callback, **options,
+                )
+            except torch.OutOfMemoryError:
+                if len(noise) == 1:
+                    raise
+                batch_size = len(noise) // 2  # the first pass needs as much as any, so nothing was drawn yet
+                print(f"note: too little memory for {len(noise)} images at a time; continuing with {batch_size}")
+                continue
+            images.append(self.decode(x_0))
+            i += batch_size
+        return torch.cat(images)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the network's output for x_t [B, C, H, W], t [B] and labels [B, K], all on the device."""
+        return self._network(x_t, t) if labels is None else self._network(x_t, t, labels)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Return x_0 of images [N, 3, S, S] in [-1, 1], float32 on the CPU."""
+        return self._in_parts(self.space.encode, images)
+
+    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Return the images [N, 3, S, S] of x_0, float32 on the CPU."""
+        return self._in_parts(self.space.decode, x_0)
+
+    def _in_parts(self, function: Callable, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._in_full_batches(function, part.to(self.device)).float().cpu()
+                          for part in x.split(DECODE_BATCH)])
+
+    @torch.no_grad()
+    def _in_full_batches(self, function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+        """Call `function` on inputs whose rows are repeated up to a full batch.
+
+        On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are summed in another
+        order, and below 16 with a single thread, because PyTorch then chooses another 1x1 convolution. So rows are
+        repeated up to a multiple of 8 (twice what was found necessary), or 16.
+        """
+        n, multiple = len(inputs[0]), 16 if torch.get_num_threads() == 1 else 8
+        rows = torch.arange(math.ceil(n / multiple) * multiple, device=self.device) % n
+        x, *others = (part[rows] for part in inputs)
+        with autocast(self.device, self.precision):
+            return function(x.contiguous(memory_format=memory_format(self.device)), *others)[:n]
+
+
+def _seeded_steps(x_T: torch.Tensor, seeds: Sequence[int]) -> Callable[[], torch.Tensor]:
+    """Return a function that draws the noise of the next step, shaped as x_T, image i from seeds[i] alone."""
+    # Not seeded with the seed itself, which made x_T: the first step's noise would repeat x_T.
+    generators = [torch.Generator().manual_seed(seed_from(seed, stream="steps")) for seed in seeds]
+
+    def draw_noise() -> torch.Tensor:
+        noise = torch.stack([torch.randn(x_T.shape[1:], generator=generator, dtype=x_T.dtype)
+                             for generator in generators])
+        if x_T.is_cuda:  # from pinned memory nothing waits: the CPU draws while the GPU is busy with its pass
+            noise = noise.pin_memory()
+        return noise.to(x_T.device, non_blocking=x_T.is_cuda)
+
+    return draw_noise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def _build_network(network: dict[str, Any], weights: dict[str, torch.Tensor]) -> nn.Module:
+    """Build a network from a checkpoint's {kind, config} and load its weights. Raises ValueError if they do not fit."""
+    if network["kind"] not in NETWORKS:
+        raise ValueError(f"unknown kind of network {network['kind']!r}")
+    config_class, network_class = NETWORKS[network["kind"]]
+    config = config_class(**network["config"])
+    if config.blocks * len(config.multipliers) > len(weights):
+        raise ValueError("a network that would take for ever to build")
+    with torch.device("meta"):  # shapes without memory: an invented width must not fill the machine's
+        shapes = {name: p.shape for name, p in network_class(config).state_dict().items()}
+    if shapes != {name: p.shape for name, p in weights.items()}:
+        raise ValueError("weights of another network")
+    net = network_class(config)
+    net.load_state_dict(weights)
+    return net
+
+
+def _check_consistent(config: UNetConfig, space: PixelSpace | LatentSpace, settings: dict[str, Any],
+                      class_names: tuple[str, ...]) -> None:
+    """Raise ValueError if network, space and settings do not belong together."""
+    size, prediction = settings["image_size"], settings["prediction"]
+    if config.channels != space.channels:
+        raise ValueError("an autoencoder of another network")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"unknown prediction {prediction!r}")
+    if type(size) is not int or not 0 < size <= 4096 or size % (config.size_multiple * space.factor):
+        raise ValueError(f"impossible image size {size!r}")
+    if len(class_names) != config.num_types or not all(type(name) is str for name in class_names):
+        raise ValueError("classes without names")
+
+
+def load_space(path: str | Path, device: str | torch.device = "cpu") -> PixelSpace | LatentSpace:
+    """Load the autoencoder of a checkpoint, its own or that of a diffusion in its latents; pixels for an empty path.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` does, and if there is no autoencoder in it, or one in parts.
+    """
+    if not path:
+        return PixelSpace()
+    if not Path(path).is_file():
+        raise CheckpointError(f"no autoencoder at {path}; train one with `python -m tools.train_autoencoder` (for "
+                              f"critters: with --preset quick)")
+    content = load_checkpoint(path)
+    if not isinstance(content.get("autoencoder"), dict):
+        raise CheckpointError(f"{path} holds no autoencoder; choose the checkpoint of a tools.train_autoencoder run")
+    # An autoencoder's own checkpoint has its averaged weights at "ema".
+    return checked_space(path, {"weights": content.get("ema"), **content["autoencoder"]}, device)
+
+
+def checked_space(path: str | Path, state: dict[str, Any] | None, device: str | torch.device = "cpu"
+                  ) -> PixelSpace | LatentSpace:
+    """Build the space stored in the checkpoint at `path`. Raises CheckpointError if its parts do not fit."""
+    try:
+        return space_from_state(state, device)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has an autoencoder that cannot be used ({error}); choose another") from error
+
+
+def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:
+    """Return the diffusion checkpoint that was written last, at any depth below `folder`.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    paths = [path for path in Path(folder).rglob("*.pt") if path.is_file() and not path.name.startswith(".")]
+    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            if "network" in load_checkpoint(path, mmap=True):
+                return path
+        except CheckpointError:
+            return path  # loading it will say what is wrong with it
+    raise CheckpointError(f"no checkpoint in {folder}/; `python train.py --preset quick` trains one in minutes")

@@ -1,0 +1,226 @@
+"""Compare samplers: distance of the samples to real images, for each sampler and number of steps.
+
+    python -m tools.compare_samplers --checkpoint checkpoints/critters.pt    # an hour on two cores, minutes on a GPU
+
+Needs a model of critters, because critters that it was not trained on can be drawn in any number. Sample i has the
+types of unseen critter i and the same seed with every sampler, so that the difference between two samplers has a
+smaller error than either distance, most of which comes from the choice of critters. Writes outputs/samplers.png (plot),
+.md (table) and .json (all values). A run that was stopped continues with what is missing in the .json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from critters import TYPES, UNSEEN_SEEDS, draw_critter, unseen_critters
+from evaluation.distances import sliced_wasserstein
+from evaluation.error_bars import jackknife_error
+from models.pipeline import Pipeline
+from reverse_diffusion import SAMPLERS
+from utils.cli import device_setting, parse, seed_setting, setting
+from utils.device import describe_device, pick_device
+from utils.errors import one_line_errors, printable
+from utils.files import replacing
+from utils.images import to_uint8
+
+GROUPS = 8  # of the jackknife
+BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A curve of the comparison: a sampler with options, and the numbers of steps to measure."""
+
+    name: str
+    sampler: str
+    steps: tuple[int, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+# Every sampler of the registry is compared, in these numbers of steps ...
+DEFAULT_STEPS = (10, 20, 50)
+STEPS = {"ddpm": (20, 50, 100, 1000), "ddim": (5, 10, 20, 50, 100), "dpm++": (5, 10, 20, 50)}
+# ... and some of them with other options.
+VARIANTS = (Variant("ddpm, beta", "ddpm", (50, 100), dict(variance="beta")),)
+BASELINE = ("ddpm", 1000)  # the differences in the table are to this one
+
+
+@dataclass
+class Settings:
+    """The flags of this command."""
+
+    checkpoint: str = setting("checkpoints/critters.pt", "checkpoint of a model of critters")
+    num_images: int = setting(192, "samples for each sampler and number of steps", least=64)
+    seed: int = seed_setting("seed of the first sample; the others follow")
+    output: str = setting("outputs/samplers", "path of the files to write, without suffix")
+    device: str = device_setting()
+
+
+def main() -> None:
+    with one_line_errors(out_of_memory="give a smaller --num_images"):
+        settings = parse(Settings, "Measure the distance of samples to unseen critters, for each sampler and number of "
+                         "steps.", prog="python -m tools.compare_samplers")
+        pipeline = Pipeline.load(settings.checkpoint, pick_device(settings.device))
+        check(settings, pipeline)
+        output = Path(settings.output)
+
+        # Real images: a set to compare with, and another of the same types, whose distance is the best to hope for.
+        reference, types = unseen_critters("samplers", settings.num_images, pipeline.image_size)
+        other = [np.asarray(draw_critter(i, pipeline.image_size, UNSEEN_SEEDS["samplers"] + 1, names)[0])
+                 for i, names in enumerate(types)]
+        reference = torch.from_numpy(reference).permute(0, 3, 1, 2)
+        other = torch.from_numpy(np.stack(other)).permute(0, 3, 1, 2)
+
+        # Measure what is missing.
+        results = load_results(output.with_suffix(".json"), settings, pipeline)
+        results["real"] = paired_distances(other, reference)
+        measured = {(row["sampler"], row["steps"]) for row in results["rows"]}
+        for variant in compared_variants():
+            for steps in variant.steps:
+                if (variant.name, steps) not in measured:
+                    row = measure(pipeline, variant, steps, settings, pipeline.class_labels(types), reference)
+                    results["rows"].append(row)
+                    write_text(output.with_suffix(".json"), json.dumps(results, indent=1))
+
+        # Report.
+        table = as_table(results)
+        write_text(output.with_suffix(".md"), table + "\n")
+        draw_plot(results, output.with_suffix(".png"))
+        print(table)
+        print(printable(f"wrote {output.with_suffix('.json')}, .md and .png"))
+
+
+def check(settings: Settings, pipeline: Pipeline) -> None:
+    """Raise ValueError for a model of something else, or of too few timesteps."""
+    if sorted(pipeline.class_names) != sorted(TYPES):
+        raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
+                         f"python train.py --preset quick")
+    most = max(max(variant.steps) for variant in compared_variants())
+    if most > pipeline.scheduler.num_timesteps:
+        raise ValueError(f"{settings.checkpoint} has {pipeline.scheduler.num_timesteps} timesteps, and {most} steps "
+                         f"are compared; choose a model with more")
+
+
+def compared_variants() -> list[Variant]:
+    """Return all curves of the comparison: each sampler of the registry, followed by its variants."""
+    curves = []
+    for name in SAMPLERS:
+        curves.append(Variant(name, name, STEPS.get(name, DEFAULT_STEPS)))
+        curves += [variant for variant in VARIANTS if variant.sampler == name]
+    return curves
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# measurements
+
+
+def load_results(path: Path, settings: Settings, pipeline: Pipeline) -> dict:
+    """Read the results of an earlier run, or return empty ones.
+
+    Raises:
+        ValueError: if they are of another model or other settings, or the file is damaged.
+    """
+    sha256 = hashlib.sha256(Path(settings.checkpoint).read_bytes()).hexdigest()[:16]
+    made_with = dict(checkpoint=Path(settings.checkpoint).name, num_images=settings.num_images, seed=settings.seed,
+                     sha256=sha256, precision=pipeline.precision)
+    rows = []
+    if path.exists():
+        try:
+            earlier = json.loads(path.read_text())
+            earlier_made_with = earlier["made_with"]
+            rows = [{name: row[name] for name in ("sampler", "steps", "seconds", "distances")}
+                    for row in earlier["rows"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged; remove it, or give another --output") from error
+        if earlier_made_with != made_with:
+            raise ValueError(f"{path} is of {earlier_made_with}; remove it, or give another --output")
+    return dict(made_with=made_with, device=f"{describe_device(pipeline.device)}, {pipeline.precision}", rows=rows)
+
+
+def measure(pipeline: Pipeline, variant: Variant, steps: int, settings: Settings, labels: torch.Tensor,
+            reference: torch.Tensor) -> dict:
+    """Draw samples and measure their distance to the reference: a row of the results."""
+    start = time.monotonic()
+    seeds = range(settings.seed, settings.seed + settings.num_images)
+    passes = steps * math.ceil(len(seeds) / BATCH_SIZE)
+    with tqdm(total=passes, desc=f"{variant.name} {steps}", leave=False) as bar:
+        images = pipeline.sample(seeds, labels=labels, sampler=variant.sampler, steps=steps, batch_size=BATCH_SIZE,
+                                 callback=lambda *_: bar.update(), **variant.options)
+    seconds = round(time.monotonic() - start, 1)
+    return dict(sampler=variant.name, steps=steps, seconds=seconds,
+                distances=paired_distances(to_uint8(images), reference))
+
+
+def paired_distances(samples: torch.Tensor, images: torch.Tensor) -> list[float]:
+    """Return the distance of two sets, uint8 [N, 3, S, S], then without each of GROUPS groups of pairs."""
+    group = torch.arange(len(samples)) * GROUPS // len(samples)
+    masks = [group >= 0, *(group != left_out for left_out in range(GROUPS))]
+    return [sliced_wasserstein(samples[keep], images[keep])["wasserstein"].value for keep in masks]
+
+
+def with_error(distances: Sequence[float]) -> tuple[float, float]:
+    """Return the distance of the whole sets and its standard error, from the result of `paired_distances`."""
+    return distances[0], jackknife_error(distances[1:]).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# report
+
+
+def as_table(results: dict) -> str:
+    """Return a Markdown table with a row for each sampler and number of steps."""
+    distances = {(row["sampler"], row["steps"]): row["distances"] for row in results["rows"]}
+    sampler, steps = BASELINE
+    lines = [f"| sampler | steps | distance to unseen critters | difference to `{sampler}` in {steps} steps |",
+             "| --- | --- | --- | --- |"]
+    for variant in compared_variants():
+        for steps in variant.steps:
+            own = distances[variant.name, steps]
+            value, error = with_error(own)
+            difference, difference_error = with_error(np.subtract(own, distances[BASELINE]))
+            lines.append(f"| `{variant.name}` | {steps} | {value:.4f} ± {error:.4f} "
+                         f"| {difference:+.4f} ± {difference_error:.4f} |")
+    value, error = with_error(results["real"])
+    return "\n".join([*lines, f"| other unseen critters | | {value:.4f} ± {error:.4f} | |"])
+
+
+def draw_plot(results: dict, path: Path) -> None:
+    """Plot distance against steps, a curve for each sampler, with standard errors."""
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axis = figure.subplots()
+    for variant in compared_variants():
+        rows = [row for row in results["rows"] if row["sampler"] == variant.name]
+        rows.sort(key=lambda row: row["steps"])
+        values, errors = zip(*(with_error(row["distances"]) for row in rows))
+        axis.errorbar([row["steps"] for row in rows], values, errors, marker="o", capsize=3, label=variant.name)
+    axis.axhline(with_error(results["real"])[0], color="black", linestyle=":", label="other unseen critters")
+    axis.set_xscale("log")
+    axis.set_xlabel("steps (network passes for each image)")
+    axis.set_ylabel("sliced Wasserstein distance of patches")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole at any moment."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The settings that every training has, and how they come together: flags, preset, and the run to resume."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+
+from training.augment import AUGMENT_MODES
+from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
+from training.distributed import DistEnv
+from training.run_dir import find_run
+from utils.cli import (
+    MAX_SEED,
+    Parser,
+    add_settings,
+    check_ranges,
+    check_sub_folder,
+    device_setting,
+    given_settings,
+    setting,
+)
+from utils.device import PRECISIONS
+
+Config = TypeVar("Config", bound="TrainingConfig")
+
+
+@dataclass
+class TrainingConfig:
+    """The settings that every training has."""
+
+    data: str = setting(POKEMON_FOLDER, "folder of images, at any depth; or 'critters', the built-in creatures")
+    num_critters: int = setting(2000, "number of critters to draw, where those are the data", above=0)
+    data_seed: int = setting(0, "seed of the critters", least=0, most=MAX_SEED)
+    holdout: float = setting(0.0, "fraction of the images held out from training, for evaluate.py; below 1",
+                             least=0, below=1)
+    image_size: int = setting(64, "side of the images in pixels; a multiple of 8 for the reference network", most=4096)
+    augment: str = setting("full", "full: flips, rotations to 15 degrees and colour jitter; flip: flips alone",
+                           AUGMENT_MODES)
+
+    epochs: int = setting(2000, "passes over the data", above=0)
+    max_steps: int = setting(0, "stop after this many steps; 0: never", least=0)
+    batch_size: int = setting(16, "images per step, of all processes together", above=0)
+    grad_accum: int = setting(1, "parts in which a step's images go through the network one after another: more parts "
+                                 "take less memory and change nothing else", above=0)
+    lr: float = setting(1e-4, "learning rate of Adam", above=0)
+    lr_schedule: str = setting("constant", "cosine: the rate falls to 0 at the end", ("constant", "cosine"))
+    warmup_steps: int = setting(0, "steps over which the rate rises from 0", least=0)
+    clip_grad: float = setting(1.0, "largest norm of the gradient", above=0)
+    ema_decay: float = setting(0.9999, "decay per step of the weights' moving average (EMA), lower at the start; "
+                                       "below 1", least=0, below=1)
+    seed: int = setting(0, "seed of weights, order, noise and augmentation", least=0, most=MAX_SEED)
+
+    sample_every: int = setting(10, "epochs between sample grids and updates of the loss curve", above=0)
+    num_samples: int = setting(16, "images in a sample grid", above=0)
+    milestone_every: int = setting(100, "epochs between checkpoints that are kept, epoch_0100.pt and so on", above=0)
+    milestones: tuple[int, ...] = setting((), "further epochs whose checkpoint is kept and whose grid is drawn, as 1 "
+                                              "30 (default: none)")
+    keep: int = setting(0, "number of newest milestones to keep, besides those of --milestones; 0: all", least=0)
+    save_every: float = setting(10.0, "minutes between saves of checkpoints/latest.pt", least=0)
+
+    workers: int = setting(-1, "processes that decode images, if the folder does not fit in memory, for each process "
+                               "that trains; -1: one per core, at most 8", least=-1)
+    device: str = device_setting()
+    precision: str = setting("auto", "of the network's arithmetic; auto: bf16 where the device computes in it; fp16 is "
+                                     "for GPUs that do not", PRECISIONS)
+    compile: str = setting("off", "torch.compile, which takes minutes and then makes steps faster on a GPU",
+                           ("on", "off"))
+    run_name: str = setting("", "sub-folder of outputs/ and checkpoints/ for this run (default: none)")
+
+
+# What a resumed run may change; anything else would make it another run.
+MAY_CHANGE_ON_RESUME = {
+    "epochs", "max_steps", "grad_accum", "grad_checkpoint", "sample_every", "num_samples", "sampler", "sample_steps",
+    "guidance", "milestone_every", "milestones", "keep", "save_every", "workers", "device", "precision", "compile",
+    "run_name",
+}
+
+
+def configure(config_class: type[Config], presets: dict[str, dict], description: str, prog: str
+              ) -> tuple[Config, dict[str, Any] | None, str]:
+    """Read the command line of a training script.
+
+    Returns:
+        The settings of this run; the latest.pt to resume, or None; and a notice to show at the start and at the end,
+        if the run trains on something else than one may expect.
+
+    Raises:
+        ValueError, CheckpointError: for settings that are out of range, or a run that cannot be begun or resumed.
+    """
+    given = _parse_flags(config_class, presets, description, prog)
+    preset = presets[given.pop("preset", "reference")]
+    resume = given.pop("resume", False)
+    checkpoint = find_run(given.get("run_name", config_class.run_name), config_class, resume)
+    config = settle({**preset, **given}, checkpoint, config_class)
+    notice = ""
+    if config.data == POKEMON_FOLDER and "data" not in given and checkpoint is None and not has_images(config.data):
+        notice = (f"NO IMAGES IN {POKEMON_FOLDER}/: TRAINING ON CRITTERS, THE BUILT-IN CREATURES, INSTEAD. For "
+                  f"Pokémon, put the images of {POKEMON_SOURCE} there; for others, name a folder with --data.")
+        config.data = "critters"
+    return config, checkpoint, notice
+
+
+def _parse_flags(config_class: type, presets: dict[str, dict], description: str, prog: str) -> dict[str, Any]:
+    """Return the flags that were given, and no others, so that a preset or a checkpoint fills in the rest."""
+    parser = Parser(description=description, argument_default=argparse.SUPPRESS, prog=prog)
+    parser.add_argument("--preset", choices=presets, help="settings to start from; flags take precedence (default: "
+                        "reference)")
+    parser.add_argument("--resume", action="store_true", help="continue from checkpoints/latest.pt, or that of "
+                        "--run_name, with its settings")
+    add_settings(parser, config_class)
+    return given_settings(parser)
+
+
+def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_class: type[Config]) -> Config:
+    """Combine the settings given with those of the run to resume.
+
+    Raises:
+        ValueError: for a value out of range, or one that would make the run to resume another run.
+    """
+    if checkpoint is not None:
+        before = checkpoint["config"]
+        wrong = [f"--{name} {before[name]}" for name in given
+                 if name not in MAY_CHANGE_ON_RESUME and given[name] != before[name]]
+        if wrong:
+            raise ValueError(f"the run to resume has {', '.join(wrong)}: leave these flags out, or start another run")
+        given = {**before, **given}
+    config = config_class(**given)
+    check_ranges(config)
+    check_sub_folder("--run_name", config.run_name)
+    for declared in fields(config):  # argparse checks what is typed; a checkpoint can hold a choice that is gone
+        choices, value = declared.metadata["choices"], getattr(config, declared.name)
+        if choices and value not in choices:
+            raise ValueError(f"--{declared.name} {value} is not available any more; choose one of {', '.join(choices)}")
+    return config
+
+
+@contextlib.contextmanager
+def memory_advice(batch_size: int, grad_accum: int) -> Iterator[None]:
+    """Turn running out of memory into a ValueError that says what to try."""
+    try:
+        yield
+        return
+    except (torch.OutOfMemoryError, MemoryError):
+        pass
+    except RuntimeError as error:  # what a CPU's allocator raises
+        if not re.search("allocate memory|not enough memory|size calculation overflowed", str(error)):
+            raise
+    world_size = DistEnv().world_size
+    here = batch_size // world_size
+    finer = [parts for parts in range(2 * grad_accum, here + 1) if here % parts == 0]
+    if finer:
+        raise ValueError(f"out of memory with {here // grad_accum} images at a time; give --grad_accum {finer[0]}, "
+                         f"which takes {here // finer[0]} at a time and changes nothing else, or --batch_size "
+                         f"{world_size * here // finer[0]}")
+    raise ValueError("out of memory with one image at a time; give a smaller --image_size or --width")

@@ -1,0 +1,368 @@
+"""Data sets: a folder of images with optional labels, or the built-in critters, and their way to the network's x_0.
+
+    dataset = load_images("data/pokemon_jpg", 64)                          # decoded once, kept as uint8 if they fit
+    dataset = encode_dataset(dataset, space, "flip", "fp32")               # latents, where that can be done once
+    x_0, augment_labels = to_x_0(images, augment_rand, "flip", space, "fp32")
+
+A folder may hold images of any format, mode, size and shape: each is decoded to the same small square, transparent
+parts become white, and a file that cannot be read is named and left out. `python -m tools.preview_data FOLDER` shows
+the result.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from critters import TYPES, draw_critters
+from training.augment import AUGMENT_DIM, augment, is_mirrored
+from training.labels import LABEL_SOURCES, LabelError, find_labels, multi_hot
+from utils.device import autocast, memory_format
+from utils.errors import UserError, printable
+from utils.images import SUFFIXES, decode_error, decode_image
+
+if TYPE_CHECKING:
+    from models.space import LatentSpace, PixelSpace
+
+POKEMON_FOLDER = "data/pokemon_jpg"
+POKEMON_SOURCE = "https://www.kaggle.com/datasets/kvpratama/pokemon-images-dataset"
+NUM_CRITTERS = 2000
+MOST_NAMED = 10  # unreadable files that are named one by one
+
+
+class DataError(UserError):
+    """A problem with the data set."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Find every image file in `folder` at any depth, except hidden files and folders.
+
+    They are sorted by relative posix path, so that the order is the same on every machine.
+
+    Raises:
+        DataError: if the folder does not exist, is a file, cannot be listed, or has no image.
+    """
+    root = Path(folder).expanduser()
+    if not root.exists():
+        raise DataError(f"no folder {root}: give a folder of images with --data")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file: give the folder that holds the images")
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"cannot list {error.filename} ({error.strerror}): change its permissions or give another "
+                        f"folder")
+
+    paths, visited = [], set()
+    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(parent) in visited:  # a link that leads back up would be followed for ever
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(parent))
+        paths += [Path(parent, name) for name in names
+                  if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+    if not paths:
+        suffixes = " ".join(suffix[1:] for suffix in SUFFIXES)
+        raise DataError(f"no image in {root}: put {suffixes} files there, at any depth")
+    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+
+
+def has_images(folder: str | Path) -> bool:
+    """Return whether `folder` exists and holds an image file."""
+    try:
+        return bool(find_images(folder))
+    except DataError:
+        return False
+
+
+def image_names(data: str, num_critters: int = NUM_CRITTERS) -> list[str]:
+    """Return `ImageFolder.names` of `load_images` without reading an image."""
+    if data == "critters":
+        return _numbered(num_critters)
+    return _relative_names(data, find_images(data))
+
+
+def held_out_names(names: Sequence[str], fraction: float) -> list[str]:
+    """Choose the images that are held out of training: `fraction` of them, in [0, 1), sorted.
+
+    They are those whose names have the lowest hashes: the same on every machine, and nearly the same after some images
+    were added or removed.
+    """
+    by_hash = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    return sorted(by_hash[: round(fraction * len(names))])
+
+
+def _numbered(count: int) -> list[str]:
+    return [f"{i:05d}" for i in range(count)]
+
+
+def _relative_names(folder: str | Path, files: Sequence[Path]) -> list[str]:
+    """Return the files' paths relative to the folder, with forward slashes on every system."""
+    root = Path(folder).expanduser()
+    return [path.relative_to(root).as_posix() for path in files]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# images
+
+
+class ImageFolder(Dataset):
+    """The images of a folder as uint8 tensors [3, S, S], and their labels if the folder has any.
+
+    Each image is decoded once and kept in memory if all of them take at most `memory_limit` bytes. Otherwise `images`
+    is None, and files are read as they are needed.
+
+    Args:
+        image_size: S, at least 8.
+        memory_limit: default: a quarter of the machine's memory.
+        label_source: where the labels come from, see `find_labels`.
+        keep: leave out the images for whose names this is false. The class names are the whole folder's all the same.
+
+    Attributes:
+        files, names: each image's path, and the same relative to the folder.
+        images: uint8 [N, 3, S, S], or None.
+        class_names: the types, sorted; empty without labels.
+        labels: uint8 [N, len(class_names)], 1 for each type that an image has.
+        left_out: how many files could not be read.
+
+    Raises:
+        DataError: for a folder without images, labels that `find_labels` refuses, or if no file can be read.
+    """
+
+    def __init__(self, folder: str | Path, image_size: int, memory_limit: int | None = None, *,
+                 label_source: str = "auto", keep: Callable[[str], bool] | None = None):
+        if image_size < 8:
+            raise DataError(f"an image size of {image_size} pixels is too small: give 8 or more")
+        self.files, self.image_size, self.left_out = find_images(folder), image_size, 0
+        self.names = _relative_names(folder, self.files)
+        self.images: torch.Tensor | None = None
+        self._warned: set[int] = set()
+
+        # Labels, of all images: the class names must not depend on what is kept.
+        try:
+            types = find_labels(folder, self.names, label_source) or [()] * len(self.files)
+        except LabelError as error:
+            raise DataError(str(error)) from error
+        self.class_names = tuple(sorted(set().union(*types)))
+        self.labels = torch.from_numpy(multi_hot(types, self.class_names))
+        if keep is not None:
+            self.keep_only([i for i, name in enumerate(self.names) if keep(name)])
+            if not self.files:
+                raise DataError(f"none of the wanted images is in {folder}: give the folder that was trained on")
+
+        # Images.
+        limit = _default_memory_limit() if memory_limit is None else memory_limit
+        if len(self.files) * 3 * image_size**2 <= limit:
+            self._decode_all(folder)
+        else:
+            self[0]  # fails here, in one line, if no file can be read
+
+    @classmethod
+    def from_array(cls, images: np.ndarray | torch.Tensor, types: Sequence[Sequence[str]] | None = None,
+                   class_names: Sequence[str] = ()) -> ImageFolder:
+        """Make a data set of square images in memory, whose names are numbers.
+
+        Args:
+            images: uint8 [N, S, S, 3] or [N, 3, S, S].
+            types: the names of each image's types, all of them in `class_names`; default: no labels.
+        """
+        images = torch.as_tensor(images)
+        if images.ndim == 4 and images.shape[-1] == 3 and images.shape[1] != 3:
+            images = images.permute(0, 3, 1, 2)
+        n, size = len(images), images.shape[-1]
+        if images.shape != (n, 3, size, size) or images.dtype != torch.uint8 or n == 0:
+            raise ValueError(f"want uint8 [N, S, S, 3] or [N, 3, S, S], got {images.dtype} {list(images.shape)}")
+        self = cls.__new__(cls)
+        self.images, self.image_size, self.left_out = images.contiguous(), size, 0
+        self.names = _numbered(n)
+        self.files = [Path(name) for name in self.names]
+        self.class_names = tuple(class_names)
+        self.labels = torch.from_numpy(multi_hot(types or [()] * n, self.class_names))
+        return self
+
+    def keep_only(self, indices: Sequence[int]) -> None:
+        """Remove all images but these, whose indices must rise."""
+        self.files, self.names = [self.files[i] for i in indices], [self.names[i] for i in indices]
+        self.labels = self.labels[indices]
+        if self.images is None:
+            return
+        if len(indices) < len(self.images):
+            for new, old in enumerate(indices):
+                self.images[new] = self.images[old]  # in place: a copy would take the memory twice
+        self.images = self.images[: len(indices)]
+
+    def fingerprint(self) -> str:
+        """Hash the names and labels, to recognise a data set without reading its images."""
+        names = b"\0".join(map(os.fsencode, [*self.names, *self.class_names]))
+        return hashlib.sha256(names + self.labels.numpy().tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return image `i`, uint8 [3, S, S], and its row of `labels`.
+
+        A file that cannot be read is named, and the next one that can takes its place.
+        """
+        if self.images is not None:
+            return self.images[i], self.labels[i]
+        first = range(len(self))[i]
+        for j in itertools.chain(range(first, len(self)), range(first)):
+            try:
+                return torch.from_numpy(decode_image(self.files[j], self.image_size)), self.labels[j]
+            except Exception as error:  # a damaged file can make a decoder raise nearly anything
+                if j not in self._warned:
+                    print(f"warning: cannot read {printable(self.files[j])}: {decode_error(error)}; using the next "
+                          f"image", file=sys.stderr)
+                    self._warned.add(j)
+        raise DataError(f"none of the {len(self)} image files, from {self.files[0]} on, can be read")
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and labels of `indices` as one batch; DataLoader calls this instead of B single look-ups."""
+        if self.images is not None:
+            indices = torch.as_tensor(indices)
+            return self.images[indices], self.labels[indices]
+        images, labels = zip(*(self[i] for i in indices))
+        return torch.stack(images), torch.stack(labels)
+
+    def _decode_all(self, folder: str | Path) -> None:
+        images = torch.empty(len(self.files), 3, self.image_size, self.image_size, dtype=torch.uint8)
+
+        def decode(i: int) -> str | None:
+            try:
+                images[i] = torch.from_numpy(decode_image(self.files[i], self.image_size))
+            except Exception as error:  # a damaged file can make a decoder raise nearly anything
+                return decode_error(error)
+
+        # Decode in threads: Pillow releases Python's lock while it decodes and scales.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            problems = list(tqdm(pool.map(decode, range(len(self.files))), total=len(self.files),
+                                 desc="decoding", unit="image", delay=2, leave=False))
+
+        # Name and leave out what cannot be read.
+        unreadable = [(path, problem) for path, problem in zip(self.files, problems) if problem]
+        for path, problem in unreadable[:MOST_NAMED]:
+            print(f"warning: left out {printable(path)}: {problem}", file=sys.stderr)
+        if len(unreadable) > MOST_NAMED:
+            print(f"warning: left out {len(unreadable) - MOST_NAMED} more files that cannot be read", file=sys.stderr)
+        readable = [i for i, problem in enumerate(problems) if not problem]
+        if not readable:
+            raise DataError(f"none of the {len(unreadable)} image files in {folder} can be read: give a folder of "
+                            f"images")
+        self.images, self.left_out = images, len(unreadable)
+        self.keep_only(readable)
+
+
+def load_images(data: str, image_size: int, *, label_source: str = "auto", keep: Callable[[str], bool] | None = None,
+                num_critters: int = NUM_CRITTERS, seed: int = 0) -> ImageFolder:
+    """Load the images of a folder, or draw the built-in critters if `data` is "critters"; see `ImageFolder`.
+
+    Args:
+        num_critters, seed: how many critters, and which. The seed belongs to the data: runs that differ in their own
+            seed train on the same critters.
+
+    Raises:
+        DataError: as `ImageFolder` does, and for critters with labels of another source than their own.
+    """
+    if data != "critters":
+        return ImageFolder(data, image_size, label_source=label_source, keep=keep)
+    if label_source not in LABEL_SOURCES:
+        raise DataError(f"critters come with their own types: leave out --labels {label_source}, or say --labels none")
+    images, types = draw_critters(num_critters, image_size, seed)
+    if label_source == "none":
+        dataset = ImageFolder.from_array(images)
+    else:
+        dataset = ImageFolder.from_array(images, types, TYPES)
+    if keep is not None:
+        dataset.keep_only([i for i, name in enumerate(dataset.names) if keep(name)])
+    return dataset
+
+
+def _default_memory_limit() -> int:
+    """Return a quarter of the machine's memory in bytes, divided by the processes that torchrun started here.
+
+    2 GiB where the system does not report its memory (Windows).
+    """
+    try:
+        quarter = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+    except (AttributeError, ValueError, OSError):
+        quarter = 2 * 1024**3
+    return quarter // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from images to x_0
+
+
+def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: PixelSpace | LatentSpace,
+           precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a batch of the data set into what the network learns to denoise.
+
+    Args:
+        images: uint8 [B, 3, S, S], which are augmented and encoded; or float [B, 1 or 2, C, h, w] of `encode_dataset`,
+            of which the plain or the mirrored version is chosen.
+        augment_rand: [B, 8], see `augment`.
+        mode: one of AUGMENT_MODES.
+        precision: of the encoder's arithmetic.
+
+    Returns:
+        x_0: float32 [B, *space.shape(S)].
+        augment_labels: float32 [B, 5], see `augment`.
+    """
+    if images.dtype == torch.uint8:
+        if space.is_latent:
+            images = images.to(space.device)
+        x, augment_labels = augment(images, mode=mode, augment_rand=augment_rand)
+        return _encode(x, space, precision), augment_labels
+
+    # Encoded before: choose a version of each.
+    version = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    if mode != "none":
+        version = is_mirrored(augment_rand).long().to(images.device)
+    batch = torch.arange(len(images), device=images.device)
+    return images[batch, version], augment_rand.new_zeros(len(images), AUGMENT_DIM)
+
+
+def encode_dataset(dataset: ImageFolder, space: PixelSpace | LatentSpace, mode: str, precision: str) -> ImageFolder:
+    """Encode a data set once and for all, if the space is latent and each image comes as itself or its mirror image.
+
+    Returns:
+        A copy of the data set whose `images` are float32 latents [N, W, C, h, w] on the CPU: the plain version and, in
+        the mode "flip", the mirrored one. The data set itself where nothing can be encoded in advance: in pixel space,
+        in the mode "full", and if the images do not fit in memory.
+    """
+    if not space.is_latent or mode not in ("none", "flip") or dataset.images is None:
+        return dataset
+    versions = 2 if mode == "flip" else 1
+    encoded = copy.copy(dataset)
+    encoded.images = torch.empty(len(dataset), versions, *space.shape(dataset.image_size))
+    for indices in tqdm(torch.arange(len(dataset)).split(32), desc="encoding", unit="batch", delay=2, leave=False):
+        x, _ = augment(dataset.images[indices].to(space.device), mode="none")
+        encoded.images[indices, 0] = _encode(x, space, precision).cpu()
+        if mode == "flip":
+            encoded.images[indices, 1] = _encode(x.flip(-1), space, precision).cpu()
+    return encoded
+
+
+def _encode(x: torch.Tensor, space: PixelSpace | LatentSpace, precision: str) -> torch.Tensor:
+    """Encode images [B, 3, S, S] in [-1, 1]; in pixel space they stay as they are."""
+    if not space.is_latent:
+        return x
+    with autocast(space.device, precision):
+        return space.encode(x.contiguous(memory_format=memory_format(space.device)))

@@ -1,0 +1,285 @@
+"""Training loop shared by train.py and the autoencoder: data, optimisation steps, logging, checkpoints."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from training.batches import make_loader
+from training.config import TrainingConfig
+from training.run_dir import RunDir, run_folder
+from training.run_images import RunImages
+from training.step import Stats, TrainingStep, learning_rate
+from training.timetable import Timetable
+from utils.device import describe_device
+
+COLUMNS = ("epoch", "step", "loss", "lr", "skipped")  # of metrics.csv
+MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which training stops
+
+
+def training_loop(
+    config: TrainingConfig,                            # settings
+    images: RunImages,                                 # data set, held-out names
+    step: TrainingStep,                                # network, EMA, optimizer, and the update
+    draw_grid: Callable[[nn.Module, Path], None],      # writes an image that shows what the EMA can do
+    content: dict[str, Any],                           # of a checkpoint besides the weights, to rebuild the network
+    checkpoint: dict[str, Any] | None = None,          # latest.pt to resume from
+    measure: Callable[[nn.Module], dict[str, float]] = lambda ema: {},  # further columns of metrics.csv
+    measured: tuple[str, ...] = (),                    # and their names
+) -> Path:
+    """Train to the end of the run and return the path of the final checkpoint.
+
+    Raises:
+        ValueError: if gradients stay non-finite.
+        OSError: if the training is done but could not be saved.
+        SystemExit: with 128 + signal, after saving, if the run was told to stop.
+    """
+    # Start or resume.
+    dataset, dist, timetable = images.dataset, step.dist, Timetable(config, len(images.dataset))
+    number = start_or_resume(config, step, timetable, checkpoint)
+    run = RunDir(config, checkpoint["history"] if checkpoint else [], [*COLUMNS, *measured], new=checkpoint is None,
+                 is_main=dist.is_main)
+    save = Saver(config, images, step, content, run, timetable)
+    print_plan(config, images, step, timetable, run)
+    dist.init(step.device)
+    dist.check_same((images.fingerprint, number), "images and checkpoint")
+    step.begin()
+    if config.compile == "on" and number < timetable.last_step:
+        config.compile = "on" if step.compile(*dataset.__getitems__([0])) else "off"
+    catch_up(run, save, timetable, draw_grid, step.ema, number)
+
+    # Load data.
+    loader = make_loader(dataset, config.batch_size, config.seed, number, timetable.last_step, config.workers,
+                         step.rank_slice, pin_memory=step.device.type == "cuda")
+    progress = ProgressBar(config, timetable, step, number)
+    saved, stop = True, 0
+    for batch, labels in loader:
+        # Optimisation step.
+        step(batch, labels, number)
+        number += 1
+        progress.update(number)
+
+        # Agree on stopping and saving, and look for skipped steps.
+        stop = dist.all_max(run.stop.signal)  # the processes stop after the same step
+        save_now = stop or number == timetable.last_step or run.save_due()
+        if save_now or timetable.ends_epoch(number) or number % 20 == 0:
+            stats = step.stats()
+            progress.report_skipped(stats, number, run.checkpoints)
+
+        with progress.paused():
+            # End of epoch: metrics and milestone.
+            if timetable.ends_epoch(number):
+                run.log(metrics_row(config, stats, number, timetable)
+                        | (measure(step.ema) if timetable.shows_progress(number) else {}))
+                step.reset_counts()
+                progress.reported = 0
+                if timetable.is_milestone(number):
+                    saved = save.milestone(number)
+
+            # Save, then draw samples.
+            if save_now:
+                saved = save.latest(number)
+            if timetable.shows_progress(number) and (number == timetable.last_step or not stop):
+                show_progress(run, timetable, draw_grid, step.ema, number)
+        if stop:
+            break
+
+    # Finish.
+    progress.close()
+    return finish(config, run, save, step, timetable, number, saved, stop)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# start
+
+
+def start_or_resume(config: TrainingConfig, step: TrainingStep, timetable: Timetable,
+                    checkpoint: dict[str, Any] | None) -> int:
+    """Restore what `checkpoint` holds and return the number of steps that are done."""
+    if checkpoint is None:
+        return 0
+    number, before = checkpoint["step"], checkpoint["config"]
+    step.load_state(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint)
+    print(f"resuming at step {number:,} of {timetable.last_step:,}")
+    if config.lr_schedule == "cosine" and config.epochs != before["epochs"]:
+        planned = before["epochs"] * timetable.steps_per_epoch
+        old, new = learning_rate(config, number, planned), learning_rate(config, number, timetable.total_steps)
+        print(f"warning: --epochs {config.epochs} instead of {before['epochs']} stretches the cosine schedule, so the "
+              f"learning rate jumps from {old:.2g} to {new:.2g}", file=sys.stderr)
+    return number
+
+
+def print_plan(config: TrainingConfig, images: RunImages, step: TrainingStep, timetable: Timetable,
+               run: RunDir) -> None:
+    """Print the device, the data and the length of the run."""
+    processes = f", {step.dist.world_size} processes" if step.dist.world_size > 1 else ""
+    held_out = f"; {len(images.held_out):,} held out" if images.held_out else ""
+    print(f"device     {describe_device(step.device)}, {step.precision}{processes}")
+    print(f"images     {len(images.dataset):,} of {config.image_size} x {config.image_size} from {config.data}, "
+          f"augmentation: {config.augment}{held_out}")
+    if images.dataset.class_names:
+        print(f"types      {', '.join(images.dataset.class_names)}")
+    print(f"training   {config.epochs:,} epochs of {timetable.steps_per_epoch:,} steps of {config.batch_size} images; "
+          f"grids in {run.outputs}/, weights in {run.checkpoints}/")
+
+
+def catch_up(run: RunDir, save: Saver, timetable: Timetable, draw_grid: Callable[[nn.Module, Path], None],
+             ema: nn.Module, number: int) -> None:
+    """Write what a kill between the save and the rest of its step has prevented."""
+    if number > 0 and not (run.outputs / timetable.grid_name(number)).exists() and timetable.shows_progress(number):
+        show_progress(run, timetable, draw_grid, ema, number)
+    if timetable.is_milestone(number) and not (run.checkpoints / timetable.milestone_name(number)).exists():
+        save.milestone(number)
+    if number >= timetable.last_step:
+        print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to continue")
+
+
+def show_progress(run: RunDir, timetable: Timetable, draw_grid: Callable[[nn.Module, Path], None], ema: nn.Module,
+                  number: int) -> None:
+    """Update the loss curve and draw the sample grid."""
+    run.write("loss.png", run.draw_loss)
+    run.write(timetable.grid_name(number), lambda path: draw_grid(ema, path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# during the run
+
+
+def metrics_row(config: TrainingConfig, stats: Stats, number: int, timetable: Timetable) -> dict[str, float]:
+    """Return an epoch's row of metrics.csv; `COLUMNS` has the names."""
+    counted = timetable.steps_per_epoch - stats.skipped
+    return dict(epoch=timetable.epoch(number), step=number, loss=stats.loss_sum / counted if counted > 0 else math.nan,
+                lr=learning_rate(config, number - 1, timetable.total_steps), skipped=int(stats.skipped))
+
+
+class ProgressBar:
+    """The progress bar, the estimate of the duration, and the warnings about skipped steps."""
+
+    FIRST, LAST = 5, 25  # steps between which the speed is measured: before, kernels are loaded and chosen
+
+    def __init__(self, config: TrainingConfig, timetable: Timetable, step: TrainingStep, number: int):
+        self.config, self.timetable, self.step, self.first_step = config, timetable, step, number
+        self.reported = step.stats().skipped  # skipped steps of this epoch that were reported
+        self.started = self.pauses = 0.0
+        self.bar = tqdm(total=timetable.last_step * config.batch_size, initial=number * config.batch_size, unit="img",
+                        smoothing=0.1, dynamic_ncols=True, mininterval=0.5)
+
+    def update(self, number: int) -> None:
+        self.bar.update(self.config.batch_size)
+        done = number - self.first_step
+        if number % 20 == 0:
+            epoch = 1 + self.timetable.epoch(number - 1)
+            self.bar.set_postfix(epoch=epoch, loss=f"{self.step.stats().last_loss:.4f}")
+        if done == self.FIRST:
+            self.step.stats()  # waits for the device
+            self.started, self.pauses = time.monotonic(), 0.0
+        if done == self.LAST and number < self.timetable.last_step:
+            self.step.stats()
+            seconds = time.monotonic() - self.started - self.pauses
+            per_step = seconds / (self.LAST - self.FIRST)
+            announce_duration(per_step * (self.timetable.last_step - number), self.step.device)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time of saves and grids out of the estimate."""
+        began = time.monotonic()
+        yield
+        self.pauses += time.monotonic() - began
+
+    def report_skipped(self, stats: Stats, number: int, checkpoints: Path) -> None:
+        """Warn of steps that were skipped since the last report. Raises ValueError after too many in a row."""
+        if stats.skipped > self.reported:
+            tqdm.write(f"warning: skipped {stats.skipped - self.reported:.0f} of the steps up to {number:,}, whose "
+                       f"loss or gradient was not finite", file=sys.stderr)
+            self.reported = stats.skipped
+        if stats.skipped_in_a_row >= MAX_SKIPPED:
+            raise ValueError(f"no finite loss and gradient in {stats.skipped_in_a_row:.0f} steps up to {number:,}: "
+                             f"--lr is too high (start another run with a lower one, or with --warmup_steps), or "
+                             f"float16 too narrow (--resume --precision fp32); {checkpoints}/ has the weights from "
+                             f"before")
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def announce_duration(seconds: float, device: torch.device) -> None:
+    """Print how long the rest will take, and a faster way if that is more than an evening on a CPU."""
+    if seconds < 90 * 60:
+        words = f"{max(1, round(seconds / 60))} min"
+    else:
+        words = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+    tqdm.write(f"at this speed, training takes about {words} more")
+    if device.type == "cpu" and seconds > 6 * 3600:
+        tqdm.write("this configuration is made for a GPU; on a CPU, `python train.py --preset quick` takes minutes "
+                   "(Ctrl-C stops this run and saves it)")
+
+
+class Saver:
+    """The checkpoints of a run: what goes into which."""
+
+    def __init__(self, config: TrainingConfig, images: RunImages, step: TrainingStep, content: dict[str, Any],
+                 run: RunDir, timetable: Timetable):
+        self.config, self.images, self.step, self.content = config, images, step, content
+        self.run, self.timetable = run, timetable
+
+    def _save(self, name: str, number: int, **more: Any) -> bool:
+        return self.run.save(name, **self.content, ema=self.step.ema.state_dict(), config=asdict(self.config),
+                             types=list(self.images.dataset.class_names), held_out=self.images.held_out, step=number,
+                             epoch=self.timetable.epoch(number), **more)
+
+    def latest(self, number: int) -> bool:
+        """Write latest.pt, from which a run resumes; return whether that worked."""
+        return self._save("latest.pt", number, **self.step.state(), history=self.run.history,
+                          num_images=len(self.images.dataset), fingerprint=self.images.fingerprint)
+
+    def milestone(self, number: int) -> bool:
+        """Write epoch_XXXX.pt; return whether latest.pt is up to date."""
+        saved = True
+        if not (self.run.checkpoints / "latest.pt").exists():  # without it, the milestone could not be resumed
+            saved = self.latest(number)
+        self._save(self.timetable.milestone_name(number), number)
+        self.run.prune_milestones(self.config.keep, self.config.milestones)
+        return saved
+
+    def final(self, number: int) -> bool:
+        """Write final_model.pt; return whether that worked."""
+        return self._save("final_model.pt", number)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# end
+
+
+def finish(config: TrainingConfig, run: RunDir, save: Saver, step: TrainingStep, timetable: Timetable, number: int,
+           saved: bool, stop: int) -> Path:
+    """Write the final checkpoint, or end the program if the run was stopped."""
+    if not saved:
+        raise OSError(f"could not save step {number:,} (disk full?); {run.checkpoints}/latest.pt is older. Free some "
+                      f"space and run --resume, which repeats the steps since then")
+    if stop and number < timetable.last_step:
+        step.dist.finalize()
+        name = f" --run_name {config.run_name}" if config.run_name else ""
+        print(f"stopped at step {number:,} of {timetable.last_step:,} and saved; continue with: {command()} "
+              f"--resume{name}")
+        sys.exit(128 + stop)
+    if not save.final(number):
+        raise OSError(f"the training is done, but {run.checkpoints}/final_model.pt could not be written. Free some "
+                      f"space and run --resume, which writes it")
+    step.dist.finalize()
+    return run.checkpoints / "final_model.pt"
+
+
+def command() -> str:
+    """Return how this program was started: as a script, or as a module of a package."""
+    script = Path(sys.argv[0])
+    return f"python -m {script.parent.name}.{script.stem}" if script.parent.name == "tools" else f"python {script.name}"

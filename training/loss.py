@@ -1,0 +1,111 @@
+"""The losses: what a network is trained to minimise, and the random numbers that a step needs for it.
+
+    loss = DiffusionLoss(scheduler, space, image_size=64, device=device, precision="bf16")
+    randomness = loss.draw_randomness(16, generator)           # augmentation, timesteps, noise, label dropout
+    value = loss(net, images, labels, *randomness)             # scalar
+
+Both losses have these two methods, so the training step does not distinguish them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from forward_diffusion import NoiseScheduler
+from models.space import LatentSpace, PixelSpace
+from training.augment import AUGMENT_RAND_DIM, augment
+from training.dataset import to_x_0
+from utils.device import autocast
+
+
+@dataclass
+class DiffusionLoss:
+    """The denoising loss (Ho et al. 2020, algorithm 1); train.py's settings explain the fields."""
+
+    scheduler: NoiseScheduler
+    space: PixelSpace | LatentSpace
+    image_size: int
+    device: torch.device
+    precision: str
+    augment: str = "full"
+    prediction: str = "eps"
+    loss_weighting: str = "uniform"
+    label_dropout: float = 0.1
+
+    def draw_randomness(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Draw, for each image, the augmentation [B, 8], timestep [B], noise [B, C, H, W] and keep_label [B, 1]."""
+        options = dict(generator=generator, device=generator.device)
+        augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)
+        t = draw_timesteps(batch_size, self.scheduler.num_timesteps, generator)
+        noise = torch.randn(batch_size, *self.space.shape(self.image_size), **options)
+        keep_label = torch.rand(batch_size, 1, **options) >= self.label_dropout
+        return augment_rand, t, noise, keep_label
+
+    def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
+                 t: torch.Tensor, noise: torch.Tensor, keep_label: torch.Tensor) -> torch.Tensor:
+        """Return the weighted mean squared error of the network's prediction.
+
+        For eps with uniform weights it is eq. 14 of Ho et al. (2020). Labels are zeroed where `keep_label` is false, so
+        that the network also learns the unconditional prediction (Ho & Salimans 2022).
+
+        Args:
+            images: as the data set yields them, uint8 [B, 3, S, S] or encoded latents.
+            labels: multi-hot [B, K].
+        """
+        x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
+        x_t = self.scheduler.add_noise(x_0, t, noise)
+        with autocast(self.device, self.precision):
+            output = net(x_t, t, labels * keep_label, augment_labels=augment_labels)
+        target = self.scheduler.target(self.prediction, x_0, t, noise)
+        error = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
+        return (error * self.scheduler.loss_weight(self.loss_weighting, self.prediction, t)).mean()
+
+
+def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
+    """Draw timesteps [B] in 0 ... T-1, stratified: one in each of B equal parts of the range.
+
+    Images come in random order, so each one's timestep is still uniform and the expected loss is unchanged; its
+    variance falls (in the manner of Kingma et al. 2021, whose strata share one random offset).
+    """
+    u = torch.rand(batch_size, generator=generator, device=generator.device)
+    u = (torch.arange(batch_size, device=generator.device) + u) / batch_size
+    return (u * num_timesteps).long().clamp(max=num_timesteps - 1)  # in float32, u can round up to 1
+
+
+@dataclass
+class AutoencoderLoss:
+    """Reconstruction plus KL divergence; the settings of tools/train_autoencoder.py explain the fields."""
+
+    latent_shape: tuple[int, int, int]
+    device: torch.device
+    precision: str
+    augment: str = "full"
+    edge_weight: float = 1.0
+    kl_weight: float = 5e-3
+
+    def draw_randomness(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+        """Draw, for each image, the augmentation [B, 8] and the noise of its latents [B, *latent_shape]."""
+        options = dict(generator=generator, device=generator.device)
+        augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)
+        return augment_rand, torch.randn(batch_size, *self.latent_shape, **options)
+
+    def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
+                 noise: torch.Tensor) -> torch.Tensor:
+        """Return the loss for images uint8 [B, 3, S, S]; labels are not used.
+
+        The reconstruction error is the mean absolute error of the colours plus that of the differences between
+        neighbours, which are large at edges and zero within an area of one colour (measured in DIFFUSION_THEORY.md,
+        section 14). The KL divergence is that of the posterior from a standard normal distribution, per latent value
+        (Kingma & Welling 2014, appendix B).
+        """
+        x, _ = augment(images, mode=self.augment, augment_rand=augment_rand)
+        with autocast(self.device, self.precision):
+            output, mean, log_variance = net(x, noise)
+        error = output.float() - x
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+        return error.abs().mean() + self.edge_weight * edges + self.kl_weight * kl
