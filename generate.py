@@ -117,7 +117,7 @@ def main() -> None:
         print(f"{checkpoint}: {len(plan.seeds)} images of {pipeline.image_size} x {pipeline.image_size}, {sampler} in "
               f"{steps} steps" + (f", guidance {guidance:g}" if any(plan.types) else "")
               + f", on {describe_device(device)}, {pipeline.precision}")
-        if steps >= MANY_STEPS and args.sampler is None:
+        if steps >= MANY_STEPS and args.sampler is None and not args.interpolate:
             print("hint: --sampler sde-dpm++ takes 20 steps, for images that are about as good")
 
         # Draw and write.
@@ -212,6 +212,7 @@ def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> float:
                 f"add --types, with one or more of {known}" if known else "this checkpoint knows none"))
         return 1.0
     if args.guidance is not None:
+        pipeline.check_guidance(args.guidance, pipeline.class_labels(plan.types))
         return args.guidance
     return DEFAULT_GUIDANCE if pipeline.learned_without_labels else 1.0
 

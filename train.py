@@ -199,10 +199,10 @@ def measure_latents(space: LatentSpace, config: Config, batches: Any, precision:
 def check_guidance(config: Config, num_classes: int) -> None:
     """Raise ValueError for guidance that the sample grids could not follow."""
     if config.guidance != 1 and not num_classes:
-        raise ValueError(f"--guidance {config.guidance} needs types, and the images have none: leave it out")
+        raise ValueError(f"--guidance {config.guidance} needs types, and the images have none: give --guidance 1")
     if config.guidance != 1 and not config.label_dropout:
         raise ValueError(f"--guidance {config.guidance} needs --label_dropout above 0, or the network does not learn "
-                         f"the unconditional prediction")
+                         f"the unconditional prediction; without it, give --guidance 1")
 
 
 def warn_of_leftover_signal(config: Config, scheduler: NoiseScheduler) -> None:
@@ -222,8 +222,8 @@ def init_from(config: Config, net: UNet, scheduler: NoiseScheduler, space: Pixel
                   prediction=other.prediction, schedule=other.scheduler.config(), autoencoder=other.space.fingerprint())
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
-        raise ValueError(f"--init {config.init} is of another network: its {' and '.join(different)} differs; give the "
-                         f"flags that it was trained with")
+        raise ValueError(f"--init {config.init} is of another network, which differs in its {' and '.join(different)}; "
+                         f"give the flags that it was trained with")
     net.load_state_dict(other.net.state_dict())
 
 

@@ -282,7 +282,7 @@ def network_table(model: UNet, image_size: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print the network as a table.")
+    parser = argparse.ArgumentParser(prog="python unet.py", description="Print the network as a table.")
     parser.add_argument("--width", type=int, default=64, help="channels at the first level (default: 64)")
     parser.add_argument("--multipliers", type=int, nargs="+", help="of the width, one per level (default: those for "
                         "the image size)")

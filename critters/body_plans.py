@@ -14,7 +14,7 @@ from critters.sketch import Sketch
 
 
 def plan_blob(s: Sketch) -> None:
-    """Lay out a creature that is all head: a round body with nubs for feet and arms."""
+    """Lay out a critter that is all head: a round body with nubs for feet and arms."""
     colours = s.first
     rx, ry = s.between(29, 38), s.between(26, 34)
     belly = (ellipse(s.turn * 8, ry * .78, rx * s.between(.55, .75), ry * .52), s.belly)
@@ -30,7 +30,7 @@ def plan_blob(s: Sketch) -> None:
 
 
 def plan_biped(s: Sketch) -> None:
-    """Lay out an upright creature with a big head on a pear-shaped body."""
+    """Lay out an upright critter with a big head on a pear-shaped body."""
     colours = s.first
     rx, ry = s.between(17, 24), s.between(18, 24)
     head_rx, head_ry = s.between(24, 30), s.between(20, 25)
@@ -50,7 +50,7 @@ def plan_biped(s: Sketch) -> None:
 
 
 def plan_quadruped(s: Sketch) -> None:
-    """Lay out a creature on four legs, seen from the side, its head turned to the viewer."""
+    """Lay out a critter on four legs, seen from the side, its head turned to the viewer."""
     colours = s.first
     rx, ry, leg = s.between(24, 31), s.between(14, 19), s.between(11, 20)
     head_rx, head_ry = s.between(21, 26), s.between(18, 22)
@@ -69,7 +69,7 @@ def plan_quadruped(s: Sketch) -> None:
 
 
 def plan_bird(s: Sketch) -> None:
-    """Lay out an egg-shaped creature on two legs, with a beak."""
+    """Lay out an egg-shaped critter on two legs, with a beak."""
     colours = s.first
     rx, ry, radius = s.between(23, 30), s.between(22, 27), s.between(20, 24)
     x = -4 + s.turn * 10
@@ -87,7 +87,7 @@ def plan_bird(s: Sketch) -> None:
 
 
 def plan_serpent(s: Sketch) -> None:
-    """Lay out a creature of two coils and a raised neck."""
+    """Lay out a critter of two coils and a raised neck."""
     colours = s.first
     bend, head_rx, head_ry = s.between(-7, 7), s.between(22, 27), s.between(18, 22)
     s.add(1, ellipse(2, 33, 33, 11.5), colours.main, [(ellipse(2, 43, 30, 8), s.belly)], colours.dark)

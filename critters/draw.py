@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from critters.body_plans import BODY_PLANS, FLYING_BIRD, plan_bird
-from critters.critter_types import CRITTER_TYPES, PALETTES, TYPES, Colour, Feature, Palette
+from critters.critter_types import CRITTER_TYPES, TYPES, Colour, Feature, Palette
 from critters.shapes import ellipse, place, smooth, swell, tube
 from critters.sketch import Sketch
 
@@ -40,7 +40,7 @@ def draw_critter(index: int, image_size: int = 64, seed: int = 0,
     flies = any(CRITTER_TYPES[name].flies for name in types)
 
     # Each critter has its own shades of the palettes.
-    palettes = [_vary(PALETTES[name], rng) for name in types]
+    palettes = [_vary(CRITTER_TYPES[name].palette, rng) for name in types]
     s = Sketch(rng, palettes[0], palettes[-1], facing=1 if rng.random() < .5 else -1, turn=-rng.uniform(0, .2),
                bold=image_size < SMALL)
 

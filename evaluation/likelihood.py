@@ -101,11 +101,10 @@ def variational_bound(
     """
     if variance not in VARIANCES:
         raise ValueError(f"unknown variance {variance!r}: choose one of {', '.join(VARIANCES)}")
+    dimensions = images[0].numel()
     ranges = _timestep_ranges(scheduler.num_timesteps, num_timesteps)
     range_widths = torch.tensor([high - low + 1 for low, high in ranges])
     constant, weight, decoder_std = _coefficients(scheduler, variance)
-    dimensions = images[0].numel()
-    nats_to_bits = 1 / (dimensions * math.log(2))  # per dimension
 
     # One pass at t = 0 and one in each range for each image; a batch holds passes of several images.
     passes = 1 + len(ranges)
@@ -115,14 +114,10 @@ def variational_bound(
         numbers = torch.arange(low, min(low + batch_size, len(terms)))
         image = numbers // passes
         t, noise = _draw_passes(image.tolist(), (numbers % passes).tolist(), ranges, seed, images[0].shape)
-
         # Predict the clean image
         x_0 = latent_range * (images[image].to(device).float() / 127.5 - 1)
-        x_t = scheduler.add_noise(x_0, t.to(device), noise.to(device))
-        condition = () if labels is None else (labels[image].to(device),)
-        with torch.no_grad():
-            output = model(x_t, t.to(device), *condition).float()
-        predicted = scheduler.to_x_0(prediction, output, x_t, t.to(device))
+        image_labels = None if labels is None else labels[image].to(device)
+        predicted = _predict_x_0(model, scheduler, prediction, x_0, t.to(device), noise.to(device), image_labels)
         if clip:
             predicted = predicted.clamp(-latent_range, latent_range)
 
@@ -131,14 +126,15 @@ def variational_bound(
         terms[numbers] = dimensions * constant[t] + weight[t] * squared_error
         last = t == 0
         if last.any():
-            log_p = log_likelihood_of_levels(images[image[last]], predicted.cpu()[last] / latent_range,
-                                             decoder_std / latent_range)
+            mean, std = predicted.cpu()[last] / latent_range, decoder_std / latent_range
+            log_p = log_likelihood_of_levels(images[image[last]], mean, std)
             decoder[image[last]] = -log_p.sum(dim=(1, 2, 3))
         if callback is not None:
             callback(len(numbers))
 
     steps = terms.view(len(images), passes)[:, 1:] * range_widths
     prior = _prior_term(scheduler, latent_range * (images.double() / 127.5 - 1))
+    nats_to_bits = 1 / (dimensions * math.log(2))  # per dimension
     return Bound(prior * nats_to_bits, steps * nats_to_bits, decoder * nats_to_bits, ranges)
 
 
@@ -191,6 +187,15 @@ def _draw_passes(images: list[int], passes: list[int], ranges: list[tuple[int, i
             first, last = ranges[k - 1]
             timesteps.append(first + int(u * (last - first + 1)))
     return torch.tensor(timesteps), torch.stack(noise)
+
+
+@torch.no_grad()
+def _predict_x_0(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, prediction: str, x_0: torch.Tensor,
+                 t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Add noise to x_0, and return what the model takes for the clean image."""
+    x_t = scheduler.add_noise(x_0, t, noise)
+    output = model(x_t, t) if labels is None else model(x_t, t, labels)
+    return scheduler.to_x_0(prediction, output.float(), x_t, t)
 
 
 def _prior_term(scheduler: NoiseScheduler, x_0: torch.Tensor) -> torch.Tensor:

@@ -96,15 +96,15 @@ class Pipeline:
         """Fill in what is not given: the default sampler, and a sampler's own number of steps.
 
         Raises:
-            ValueError: for an unknown sampler, or more steps than timesteps.
+            ValueError: for an unknown sampler, or steps out of 1 ... T.
         """
         if sampler is None:
             sampler, own_steps = self.default_sampler
         else:
             own_steps = default_steps(sampler, self.scheduler.num_timesteps)
         find_sampler(sampler)
-        steps = steps or own_steps
-        if steps > self.scheduler.num_timesteps:
+        steps = own_steps if steps is None else steps
+        if not 1 <= steps <= self.scheduler.num_timesteps:
             raise ValueError(f"--steps must be in 1 ... {self.scheduler.num_timesteps} for this checkpoint, not "
                              f"{steps}")
         return sampler, steps

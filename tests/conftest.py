@@ -1,4 +1,6 @@
-"""The scripts of the repository's top level can be imported by every test, and figures need no screen."""
+"""The modules of the repository can be imported by every test, and plots need no screen."""
+
+from __future__ import annotations
 
 import os
 import sys
@@ -12,13 +14,13 @@ os.environ["MPLBACKEND"] = "Agg"
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    """The test runs in an empty folder."""
+    """Run the test in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
+    """Return a folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
     import train
     from scripts import TINY, call  # not above: they need the path that is set there
 
@@ -36,7 +38,7 @@ def final(trained) -> Path:
 
 @pytest.fixture(scope="session")
 def trained_autoencoder(tmp_path_factory) -> Path:
-    """The folder in which a tiny autoencoder was trained, 8 steps. Not to be written to."""
+    """Return a folder in which a tiny autoencoder was trained for 8 steps. Not to be written to."""
     from scripts import TINY_AUTOENCODER, call
     from tools import train_autoencoder
 

@@ -1,4 +1,8 @@
-"""Data whose answers are known: four pixels, each Gaussian with a mean and a standard deviation of its own."""
+"""Data with known answers: four pixels, each Gaussian with its own mean and standard deviation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -8,31 +12,39 @@ MEAN = torch.tensor([[-0.6, -0.2], [0.1, 0.6]], dtype=torch.float64)
 STD = torch.tensor([[0.1, 0.25], [0.5, 0.35]], dtype=torch.float64)
 
 
-def exact(scheduler: NoiseScheduler, prediction: str = "eps", mean: torch.Tensor = MEAN, std: torch.Tensor = STD):
-    """The best possible network for those pixels.
+def exact(scheduler: NoiseScheduler, prediction: str = "eps", mean: torch.Tensor = MEAN, std: torch.Tensor = STD
+          ) -> Callable[..., torch.Tensor]:
+    """Return the optimal network for those pixels.
 
     x_t = a x_0 + b eps is Gaussian with mean a `mean` and variance a^2 std^2 + b^2, and its covariances with x_0 and
-    eps are a std^2 and b. So E[x_0 | x_t] and E[eps | x_t] are straight lines in x_t, and E[v | x_t] follows from them.
-    With types [B, 1] the mean of an image is `mean` times 1 + its type.
+    eps are a std^2 and b. So E[x_0 | x_t] and E[eps | x_t] are linear in x_t, and E[v | x_t] follows from them. With
+    labels [B, 1] the mean of an image is `mean` times 1 + its label.
     """
-    def model(x_t: torch.Tensor, t: torch.Tensor, types: torch.Tensor | None = None) -> torch.Tensor:
+    def model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         assert t.shape == (len(x_t),) and (t == t[0]).all()
         abar = scheduler.alpha_bar(t[0].item())
         a, b = abar**0.5, (1 - abar) ** 0.5
-        mu = mean.to(x_t) if types is None else mean.to(x_t) * (1 + types.to(x_t)[:, :, None, None])
-        off = (x_t - a * mu) / (a**2 * std.to(x_t) ** 2 + b**2)
-        x_0, eps = mu + a * std.to(x_t) ** 2 * off, b * off
+        mu = mean.to(x_t) if labels is None else mean.to(x_t) * (1 + labels.to(x_t)[:, :, None, None])
+        deviation = (x_t - a * mu) / (a**2 * std.to(x_t) ** 2 + b**2)
+        x_0, eps = mu + a * std.to(x_t) ** 2 * deviation, b * deviation
         return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[prediction]
 
     return model
 
 
 def start(n: int, seed: int = 0) -> torch.Tensor:
+    """Return x_T, standard normal [n, 1, 2, 2], float64."""
     return torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def seeded_noise(x_T: torch.Tensor, seed: int = 1) -> Callable[[], torch.Tensor]:
+    """Return a `draw_noise` for `sample` that draws the same noise in the same order each time it is made."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randn(x_T.shape, generator=generator, dtype=x_T.dtype)
+
+
 def flow(scheduler: NoiseScheduler, x_t: torch.Tensor, t: int, s: int) -> torch.Tensor:
-    """Where the probability flow carries x_t at s: as many standard deviations from the mean as it was at t."""
+    """Follow the probability flow from t to s: the number of standard deviations from the mean stays the same."""
     abar_t, abar_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
-    at_t, at_s = ((abar * STD**2 + 1 - abar) ** 0.5 for abar in (abar_t, abar_s))
-    return abar_s**0.5 * MEAN + at_s / at_t * (x_t - abar_t**0.5 * MEAN)
+    std_t, std_s = ((abar * STD**2 + 1 - abar) ** 0.5 for abar in (abar_t, abar_s))
+    return abar_s**0.5 * MEAN + std_s / std_t * (x_t - abar_t**0.5 * MEAN)

@@ -1,4 +1,6 @@
-"""What the tests of the scripts share: calling a command line, and looking at what it left."""
+"""Helpers for the tests of the commands: calling a command line, and reading the files that it wrote."""
+
+from __future__ import annotations
 
 import csv
 import hashlib
@@ -6,6 +8,8 @@ import os
 import signal
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,13 +26,17 @@ TINY_AUTOENCODER = ("--data critters --num_critters 8 --image_size 16 --width 8 
 FEW_STEPS = "--device cpu --precision fp32 --sampler ddpm --steps 3".split()
 
 
-def call(script, *flags) -> int | str | None:
-    """What `python SCRIPT FLAGS` exits with: a status, or the line that Python prints to stderr for status 1."""
+def call(module: ModuleType, *flags: Any) -> int | str | None:
+    """Run the command in `module`, in this process, with these flags.
+
+    Returns:
+        What the command exits with: a status, or the line that Python prints to stderr for status 1.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, flags)])
+        patch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
         try:
-            script.main()
+            module.main()
         except SystemExit as stopped:
             return stopped.code
         finally:
@@ -37,20 +45,21 @@ def call(script, *flags) -> int | str | None:
     return 0
 
 
-def assert_one_line(code: int | str | None, capsys, *words: str) -> None:
-    """The script ended with one line on stderr, beginning "error:" and holding these words."""
-    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
+def assert_one_line(code: int | str | None, capsys: pytest.CaptureFixture, *words: str) -> None:
+    """Check that a command ended with one line on stderr, which begins with "error:" and holds these words."""
+    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code, code
     assert all(word in code for word in words), code
     assert capsys.readouterr().err == ""  # Python prints the code; nothing else was
 
 
 def metrics(name: str = "metrics.csv") -> list[dict]:
+    """Return the rows of a metrics.csv in outputs/."""
     with Path("outputs", name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def same(ours, theirs) -> bool:
-    """Are two contents of checkpoints the same, to the last bit?"""
+def same(ours: Any, theirs: Any) -> bool:
+    """Return whether two contents of checkpoints are equal, to the last bit."""
     if isinstance(ours, torch.Tensor):
         return ours.dtype == theirs.dtype and ours.equal(theirs)
     if isinstance(ours, dict):
@@ -61,24 +70,25 @@ def same(ours, theirs) -> bool:
 
 
 def assert_same_run(ours: dict, theirs: dict) -> None:
-    """Two checkpoints are of one training: all of their content is the same, but settings that may change."""
+    """Check that two checkpoints are of one training: equal but for settings that may change on resume."""
     for name in theirs:
         if name != "config":
             assert same(ours[name], theirs[name]), f"{name} differs"
     settings = {name for name in theirs["config"] if ours["config"][name] != theirs["config"][name]}
-    assert settings <= MAY_CHANGE_ON_RESUME
+    assert settings <= MAY_CHANGE_ON_RESUME, settings - MAY_CHANGE_ON_RESUME
 
 
 def tree(folder: Path = Path()) -> dict[str, str]:
-    """A hash of every file below a folder, and the target of every link."""
-    found = {}
+    """Return a hash of every file below a folder, and the target of every link."""
+    content = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
-            found[str(path)] = "-> " + os.readlink(path)
+            content[str(path)] = "-> " + os.readlink(path)
         elif path.is_file():
-            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            content[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return content
 
 
-def pictures(folder: str) -> dict[str, np.ndarray]:
+def pictures(folder: str | Path) -> dict[str, np.ndarray]:
+    """Return the images in a folder, int [H, W, 3] each, by their names."""
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted(Path(folder).iterdir())}

@@ -1,19 +1,22 @@
-"""autoencoder.py: its loss and measures against what is known, and its training through the command line."""
+"""The autoencoder: its loss against known values, and its training through the command line."""
 
-from dataclasses import fields
+from __future__ import annotations
+
+import signal
 
 import pytest
 import torch
 from PIL import Image
+from scripts import TINY_AUTOENCODER, assert_one_line, assert_same_run, call, metrics
 from torch import nn
 
-import autoencoder
 import train
-from autoencoder import Coding, ssim
-from checkpoint import load_checkpoint, load_codec
-from latents import Autoencoder, AutoencoderConfig, psnr
-from runs import check_range
-from scripts import TINY_AUTOENCODER, assert_one_line, assert_same_run, call, metrics
+from models.autoencoder import Autoencoder, AutoencoderConfig
+from models.pipeline import load_space
+from tools import train_autoencoder
+from training.loss import AutoencoderLoss
+from utils.checkpoint import load_checkpoint
+from utils.cli import check_ranges
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 CPU = torch.device("cpu")
@@ -24,7 +27,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def test_no_convolution_runs_at_full_resolution():
-    """The file says so, and the cost rests on it."""
+    """The file says so, and the cost depends on it."""
     model, sides = Autoencoder(AutoencoderConfig(width=8)), []
     for part in model.modules():
         if isinstance(part, nn.Conv2d):
@@ -37,19 +40,19 @@ def test_no_convolution_runs_at_full_resolution():
 @pytest.mark.parametrize("multipliers, factor", [((1,), 2), ((1, 2), 4), ((1, 2, 2), 8)])
 def test_a_level_halves_the_resolution(multipliers, factor):
     model = Autoencoder(AutoencoderConfig(width=8, multipliers=multipliers, channels=3))
-    x_0 = model.encode(noise(1, 3, 32, 48))
-    assert model.factor == factor and x_0.shape == (1, 3, 32 // factor, 48 // factor)
-    assert model.shape(32) == (3, 32 // factor, 32 // factor)
-    assert model.decode(x_0).shape == (1, 3, 32, 48) and model.decode(100 * x_0).abs().max() <= 1
+    latents = model.encode(noise(1, 3, 32, 48))
+    assert model.factor == factor and latents.shape == (1, 3, 32 // factor, 48 // factor)
+    assert model.latent_shape(32) == (3, 32 // factor, 32 // factor)
+    assert model.decode(latents).shape == (1, 3, 32, 48) and model.decode(100 * latents).abs().max() <= 1
 
 
 def loss(output: torch.Tensor, images: torch.Tensor, mean=torch.zeros(1), log_variance=torch.zeros(1), **settings):
-    task = Coding((4, 4, 4), CPU, "fp32", "none", **settings)
-    u = torch.zeros(len(images), 8)
-    return task.loss(lambda x, noise: (output, mean, log_variance), images, None, u, None).item()
+    autoencoder_loss = AutoencoderLoss((4, 4, 4), CPU, "fp32", "none", **settings)
+    augment_rand = torch.zeros(len(images), 8)
+    return autoencoder_loss(lambda x, noise: (output, mean, log_variance), images, None, augment_rand, None).item()
 
 
-def test_the_loss_counts_colours_edges_and_bits():
+def test_the_loss_is_that_of_colours_edges_and_kl_divergence():
     images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     x = images.float() / 127.5 - 1
     assert loss(x, images) == 0
@@ -62,58 +65,59 @@ def test_the_loss_counts_colours_edges_and_bits():
     assert loss(x, images, mean, log_variance, kl_weight=0.5) == pytest.approx(0.5 * kl, rel=1e-4)
 
 
-def test_psnr_and_ssim_of_what_is_known():
-    images = noise(3, 3, 24, 24).clamp(-1, 1)
-    assert ssim(images, images).tolist() == pytest.approx([1, 1, 1])
-    assert psnr(images, images).min() >= 100
-    assert psnr(images, images + 0.2).tolist() == pytest.approx([20, 20, 20], abs=1e-3)  # 0.1 of the range
-    other = noise(3, 3, 24, 24, seed=1).clamp(-1, 1)
-    assert ssim(images, other).equal(ssim(other, images)) and ssim(images, other).max() < 0.2
-    a, b = 0.8, 0.3  # of one colour each, in [0, 1]: only the means differ
-    flat = ssim(torch.full((1, 3, 16, 16), 2 * a - 1), torch.full((1, 3, 16, 16), 2 * b - 1)).item()
-    assert flat == pytest.approx((2 * a * b + 1e-4) / (a * a + b * b + 1e-4), abs=1e-3)
-
-
-def test_a_training_learns_and_says_how_well(trained_autoencoder, monkeypatch):
+def test_a_training_learns_and_measures_itself(trained_autoencoder, monkeypatch):
     monkeypatch.chdir(trained_autoencoder)
     rows = metrics("autoencoder/metrics.csv")
     assert len(rows) == 4 and [bool(row["psnr"]) for row in rows] == [False, True, False, True]
     first, last = rows[1], rows[3]
     assert float(last["loss"]) < float(first["loss"]) and float(last["psnr"]) > float(first["psnr"])
     assert 0 < float(last["ssim"]) < 1
-    # Two pictures beside what comes back of them: four tiles and their borders.
+    # Two images beside their reconstructions: four tiles and their borders.
     assert Image.open("outputs/autoencoder/generated_epoch_0004.png").size == (4 * 18 + 2, 20)
-    codec = load_codec("checkpoints/autoencoder/final_model.pt")
+    space = load_space("checkpoints/autoencoder/final_model.pt")
     images = noise(2, 3, 16, 16)
     content = load_checkpoint("checkpoints/autoencoder/final_model.pt")
-    assert "model" not in content and content["autoencoder"]["config"] == vars(codec.config)
-    average = Autoencoder(codec.config)
-    average.load_state_dict(content["ema"])
-    assert torch.allclose(average.encode(images), codec.encode(images), atol=1e-4)
+    assert "model" not in content and content["autoencoder"]["config"] == vars(space.autoencoder.config)
+    ema = Autoencoder(space.autoencoder.config)
+    ema.load_state_dict(content["ema"])
+    assert torch.allclose(ema.encode(images), space.encode(images), atol=1e-4)
 
 
 def test_a_resumed_training_is_the_same(trained_autoencoder):
-    assert call(autoencoder, *TINY_AUTOENCODER, "--max_steps", 3) == 0
-    assert call(autoencoder, "--resume", "--max_steps", 0) == 0
+    assert call(train_autoencoder, *TINY_AUTOENCODER, "--max_steps", 3) == 0
+    assert call(train_autoencoder, "--resume", "--max_steps", 0) == 0
     theirs = trained_autoencoder / "checkpoints/autoencoder/latest.pt"
     assert_same_run(load_checkpoint("checkpoints/autoencoder/latest.pt"), load_checkpoint(theirs))
 
 
+def test_a_stopped_run_names_the_command_that_resumes_it(monkeypatch, capsys):
+    monkeypatch.setattr(AutoencoderLoss, "draw_randomness", interrupting(AutoencoderLoss.draw_randomness))
+    assert call(train_autoencoder, *TINY_AUTOENCODER) == 130
+    assert "python -m tools.train_autoencoder --resume --run_name autoencoder" in capsys.readouterr().out
+
+
+def interrupting(function):
+    def interrupt(*args):
+        signal.raise_signal(signal.SIGINT)
+        return function(*args)
+    return interrupt
+
+
 def test_parts_of_a_batch_change_nothing():
-    """But the order of additions: the gradients, of which Adam keeps a tenth, are the same."""
-    found = {}
+    """But the order of additions: the gradients, which Adam keeps a tenth of, are the same."""
+    states = {}
     for parts in (1, 2):
         flags = ["--run_name", f"in_{parts}", "--grad_accum", parts, "--max_steps", 1]
-        assert call(autoencoder, *TINY_AUTOENCODER, *flags) == 0
-        found[parts] = load_checkpoint(f"checkpoints/in_{parts}/latest.pt")["optimizer"]["state"]
-    for ours, theirs in zip(found[1].values(), found[2].values()):
+        assert call(train_autoencoder, *TINY_AUTOENCODER, *flags) == 0
+        states[parts] = load_checkpoint(f"checkpoints/in_{parts}/latest.pt")["optimizer"]["state"]
+    for ours, theirs in zip(states[1].values(), states[2].values()):
         assert torch.allclose(ours["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
-def test_pictures_kept_aside_are_those_that_are_measured(capsys):
-    assert call(autoencoder, *TINY_AUTOENCODER, "--holdout", 0.25, "--max_steps", 1) == 0
-    said = capsys.readouterr().out
-    assert "6 of 16 x 16" in said and "2 pictures kept aside" in said
+def test_held_out_images_are_those_that_are_measured(capsys):
+    assert call(train_autoencoder, *TINY_AUTOENCODER, "--holdout", 0.25, "--max_steps", 1) == 0
+    printed = capsys.readouterr().out
+    assert "6 of 16 x 16" in printed and "2 held-out images" in printed
     assert load_checkpoint("checkpoints/autoencoder/final_model.pt")["held_out"]
 
 
@@ -125,17 +129,16 @@ def test_pictures_kept_aside_are_those_that_are_measured(capsys):
     (["--kl_weight", -1], ["--kl_weight", "at least 0"]),
 ])
 def test_one_clear_line(capsys, flags, words):
-    line = call(autoencoder, *TINY_AUTOENCODER, *flags)
+    line = call(train_autoencoder, *TINY_AUTOENCODER, *flags)
     capsys.readouterr()
     assert_one_line(line, capsys, *words)
 
 
-def test_its_run_is_none_of_train_py(trained_autoencoder, monkeypatch, capsys):
+def test_train_py_does_not_resume_a_run_of_the_autoencoder(trained_autoencoder, monkeypatch, capsys):
     monkeypatch.chdir(trained_autoencoder)
     assert_one_line(call(train, "--resume", "--run_name", "autoencoder"), capsys, "cannot be resumed")
 
 
 def test_the_presets_are_within_their_ranges():
-    for preset in autoencoder.PRESETS.values():
-        for setting in fields(config := autoencoder.Config(**preset)):
-            check_range(setting, getattr(config, setting.name))
+    for preset in train_autoencoder.PRESETS.values():
+        check_ranges(train_autoencoder.Config(**preset))

@@ -1,29 +1,34 @@
-"""What users hand to the scripts: checkpoints that are damaged, hostile or another's, and flags that make no sense.
+"""Bad input to the commands: checkpoints that are damaged, hostile or another's, and flags that make no sense.
 
 Each ends with one line that names it and says what to do, and no file is touched.
 """
+
+from __future__ import annotations
 
 import copy
 import os
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-import checkpoint
 import generate
 import train
-from checkpoint import load_checkpoint, save_checkpoint
 from scripts import TINY, assert_one_line, call, tree
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+Writer = Callable[[Path, dict], object]  # writes a checkpoint of such content to a path, but with something wrong
+
+
 class Trap:
-    """Unpickled, it would create a file; that is how a checkpoint from the internet takes over a machine."""
+    """Unpickled, it creates a file; that is how a checkpoint from the internet takes over a machine."""
 
     def __reduce__(self):
         return Path.touch, (Path("code was run"),)
@@ -43,26 +48,31 @@ def swollen(path: Path, content: dict) -> None:
         archive.writestr("archive/data/more", bytes(50_000_000))
 
 
-def cut(part: float):
+def cut(part: float) -> Writer:
     def write(path: Path, content: dict) -> None:
         save_checkpoint(path, **content)
         os.truncate(path, int(part * path.stat().st_size))
     return write
 
 
-def changed(**changes):
+def changed(**changes) -> Writer:
     return lambda path, content: save_checkpoint(path, **{**content, **changes})
 
 
-def set_in(name: str, **changes):
+def set_in(name: str, **changes) -> Writer:
     return lambda path, content: save_checkpoint(path, **{**content, name: {**content[name], **changes}})
 
 
-def without(name: str):
+def without(name: str) -> Writer:
     return lambda path, content: save_checkpoint(path, **{key: x for key, x in content.items() if key != name})
 
 
-def with_weights(part: str, change):
+def in_network(**changes) -> Writer:
+    return lambda path, content: save_checkpoint(path, **{**content, "network": dict(
+        kind="unet", config={**content["network"]["config"], **changes})})
+
+
+def with_weights(part: str, change: Callable[[dict], object]) -> Writer:
     def write(path: Path, content: dict) -> None:
         content = copy.deepcopy(content)
         change(content[part])
@@ -96,22 +106,25 @@ BAD_FOR_BOTH = {
     "nothing": lambda path, content: None,
 }
 BAD_FOR_GENERATE = {
-    "a network of any size": set_in("unet", width=2**20),
-    "a network without end": set_in("unet", blocks=10**9),
-    "an unknown part of a network": set_in("unet", depth=3),
+    "a network of any size": in_network(width=2**20),
+    "a network without end": in_network(blocks=10**9),
+    "an unknown part of a network": in_network(depth=3),
+    "a network without levels": in_network(multipliers=()),
+    "an unknown kind of network": set_in("network", kind="transformer"),
     "steps without end": set_in("scheduler", num_timesteps=10**15),
     "an unknown schedule": set_in("scheduler", schedule="other"),
     "an unknown prediction": set_in("config", prediction="y"),
-    "pictures of any size": set_in("config", image_size=2**30),
+    "images of any size": set_in("config", image_size=2**30),
     "types without names": changed(types=[]),
 }
 BAD_FOR_RESUME = {
     "no optimizer, as in final_model.pt": without("optimizer"),
-    "a setting less": lambda path, content: save_checkpoint(path, **{**content, "config": {
-        name: value for name, value in content["config"].items() if name != "lr"}}),
-    "a setting more": set_in("config", depth=3),
+    "no number of steps": without("step"),
+    "no statistics": without("stats"),
+    "statistics of words": changed(stats=dict(loss_sum="none")),
+    "an unknown setting": set_in("config", depth=3),
     "a setting that is a word": set_in("config", batch_size="many"),
-    "a setting that makes no sense": set_in("config", batch_size=-4),
+    "a setting out of its range": set_in("config", batch_size=-4),
     "a step that is a word": changed(step="three"),
     "a step before the first": changed(step=-5),
     "a history of words": changed(history=["once"]),
@@ -145,23 +158,22 @@ def test_resume_refuses_a_bad_checkpoint(kind, content, capsys):
     {**BAD_FOR_BOTH, **BAD_FOR_RESUME}[kind](Path("checkpoints/latest.pt"), content)
     before = tree()
     code = call(train, "--resume", "--epochs", 4)
-    named = "checkpoints/latest.pt"
-    named = {"a setting that makes no sense": "--batch_size", "another number of images": "had 9",
-             "other images": "other file names", "other types": "rock"}.get(kind, named)
+    named = {"a setting out of its range": "--batch_size", "another number of images": "had 9",
+             "other images": "other file names", "other types": "rock"}.get(kind, "checkpoints/latest.pt")
     assert_one_line(code, capsys, named)
     assert tree() == before
 
 
-def test_the_good_one_that_these_were_made_from_is_taken(content):
+def test_the_good_checkpoint_that_these_were_made_from_is_accepted(content):
     Path("checkpoints").mkdir()
     save_checkpoint("checkpoints/latest.pt", **content)
     flags = ["--checkpoint", "checkpoints/latest.pt", "--num_images", 1, "--device", "cpu", "--steps", 1]
     assert call(generate, *flags) == 0
     assert call(train, "--resume", "--epochs", 4) == 0
-    assert checkpoint.load_checkpoint("checkpoints/latest.pt")["step"] == 8
+    assert load_checkpoint("checkpoints/latest.pt")["step"] == 8
 
 
-def test_the_trap_works_where_it_is_let():
+def test_the_trap_works_where_nothing_prevents_it():
     pickled(Path("trap.pt"), {})
     pickle.loads(Path("trap.pt").read_bytes())
     assert Path("code was run").exists()
@@ -183,9 +195,11 @@ def test_the_trap_works_where_it_is_let():
     (["--lr", "inf"], ["--lr", "finite"]),
     (["--lr", "-1"], ["--lr"]),
     (["--seed", "-1"], ["--seed"]),
+    (["--seed", str(2**62)], ["--seed", "at most"]),
+    (["--data_seed", "-1"], ["--data_seed"]),
     (["--ema_decay", "1"], ["--ema_decay", "less than 1"]),
     (["--holdout", "1"], ["--holdout"]),
-    (["--holdout", "0.99"], ["all of the 8 images aside"]),
+    (["--holdout", "0.99"], ["holds out all of the 8 images"]),
     (["--label_dropout", "2"], ["--label_dropout"]),
     (["--dropout", "1"], ["dropout"]),
     (["--timesteps", "1"], ["timesteps"]),
@@ -208,7 +222,7 @@ def test_the_trap_works_where_it_is_let():
 def test_train_refuses_in_one_line(flags, words, capsys):
     for folder in ("empty", "broken", "mine"):
         Path(folder).mkdir()
-    Path("broken/a.png").write_bytes(b"not a picture")
+    Path("broken/a.png").write_bytes(b"not an image")
     Image.new("RGB", (16, 16)).save("mine/a.png")
     if "mine" in flags:
         Path("outputs").write_text("a file")
@@ -222,9 +236,9 @@ def test_train_refuses_in_one_line(flags, words, capsys):
 
 @pytest.mark.parametrize("flags", [
     ["--schedule", "foo"], ["--preset", "foo"], ["--prediction", "foo"], ["--batch_size", "many"],
-    ["--batch_size", "1.5"], ["--lr", "fast"], ["--multipliers"], ["--no_such_flag", "1"],
+    ["--batch_size", "1.5"], ["--lr", "fast"], ["--multipliers"], ["--no_such_flag", "1"], ["--augment", "untold"],
 ])
-def test_a_value_that_no_flag_takes(flags, capsys):
+def test_a_value_that_a_flag_does_not_take(flags, capsys):
     assert call(train, *flags) == 2
     line, = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and flags[0] in line and "train.py --help" in line

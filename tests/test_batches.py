@@ -1,109 +1,93 @@
-"""sample_seeds: an image is the same to the last bit whatever the batch around it."""
+"""Training batches: every epoch visits every image, and a batch depends on (seed, step) alone."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from forward_diffusion import NoiseScheduler
-from reverse_diffusion import SAMPLERS, sample, sample_seeds, seeded_noise, slerp
-from unet import UNet, UNetConfig
-
-CPU, SIZE = torch.device("cpu"), 8
-SCHEDULER = NoiseScheduler(schedule="cosine")
-SEEDS = list(range(40, 40 + 65))
-TYPES = (torch.rand(65, 3, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+from training.batches import ShuffledBatches, make_loader
+from training.dataset import ImageFolder
 
 
-class Network(torch.nn.Module):
-    """A small UNet of random weights, all of them (a fresh one answers 0), that takes types by a map of their own."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.unet = UNet(UNetConfig(width=32, multipliers=(1, 2), blocks=1))
-        self.of_types = torch.nn.Linear(3, 3)
-        for parameter in self.parameters():
-            torch.nn.init.normal_(parameter, std=0.05)
-
-    def forward(self, x_t, t, types=None):
-        output = self.unet(x_t, t)
-        return output if types is None else output + self.of_types(types)[:, :, None, None]
+def write_folder(folder: Path, count: int) -> None:
+    """Write `count` PNGs 000.png ..., each of one grey level that is its number times 7."""
+    for i in range(count):
+        Image.new("RGB", (16, 16), (i * 7,) * 3).save(folder / f"{i:03d}.png")
 
 
-@pytest.fixture(scope="module")
-def network():
-    return Network().eval()
+@pytest.mark.parametrize("num_images, batch_size", [(10, 4), (12, 4), (3, 8), (1, 4), (7, 1)])
+def test_every_epoch_visits_every_image(num_images, batch_size):
+    batches = ShuffledBatches(num_images, batch_size, seed=3, last_step=1000)
+    steps = batches.steps_per_epoch
+    assert steps == -(-num_images // batch_size)
+    for epoch in range(3):
+        epoch_batches = [batches.batch(epoch * steps + k) for k in range(steps)]
+        assert all(len(batch) == batch_size for batch in epoch_batches)
+        visits = np.bincount(np.concatenate(epoch_batches), minlength=num_images)
+        assert len(visits) == num_images and visits.min() >= 1 and visits.max() <= visits.min() + 1
 
 
-def draw(network, seeds, precision="fp32", **options):
-    return sample_seeds(network, SCHEDULER, seeds, SIZE, CPU, precision, steps=3, prediction="v", **options)
+def test_the_order_depends_on_seed_and_epoch():
+    def epoch(seed, number):
+        return ShuffledBatches(50, 50, seed).batch(number)
+
+    orders = [tuple(epoch(seed, number)) for seed in range(4) for number in range(4)]
+    assert len(set(orders)) == 16 and tuple(range(50)) not in orders
+    torch.manual_seed(123)
+    assert tuple(epoch(0, 0)) == orders[0]  # nothing but (seed, epoch) matters
 
 
-@pytest.mark.parametrize("precision, guidance", [("fp32", None), ("fp32", 2.0), ("bf16", 2.0)])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_bit_is_the_same_in_any_batch(network, sampler, precision, guidance):
-    """Batches of 1, 7, 64 and 65's lone last one, in another order too. Without the padding float32 fails here."""
-    def images(which: list[int], batch_size: int) -> torch.Tensor:
-        types = {} if guidance is None else dict(types=TYPES[which], guidance=guidance)
-        seeds = [SEEDS[i] for i in which]
-        return draw(network, seeds, precision, sampler=sampler, eta=0.5, batch_size=batch_size, **types)
-
-    company = images(list(range(65)), 64)
-    assert company.shape == (65, 3, SIZE, SIZE) and company.dtype == torch.float32
-    assert company.isfinite().all() and company.std() > 0.05 and not company[0].equal(company[1])
-    assert company[:14].equal(images(list(range(14)), 7))
-    assert company[[64, 3]].equal(images([64, 3], 1))
-    assert company[[9, 33, 64]].equal(images([9, 33, 64], 64))
+def test_a_resumed_run_sees_the_same_batches():
+    whole = list(ShuffledBatches(10, 4, seed=1, first_step=0, last_step=20))
+    for first in (1, 3, 7, 20):
+        assert list(ShuffledBatches(10, 4, seed=1, first_step=first, last_step=20)) == whole[first:]
+    batches = ShuffledBatches(10, 4, seed=1, last_step=20)
+    assert [batches.batch(step) for step in reversed(range(20))] == whole[::-1]
+    assert len(batches) == 20 and list(batches) == list(batches) == whole
+    endless = iter(ShuffledBatches(10, 4, seed=1))
+    assert [next(endless) for _ in range(20)] == whole
 
 
-def test_types_and_x_T_go_with_their_images(network):
-    """Each image's own, across the boundaries of batches."""
-    x_T = seeded_noise(range(9), (3, SIZE, SIZE))
-    together = draw(network, SEEDS[:9], types=TYPES[:9], x_T=x_T, batch_size=4)
-    for i in (0, 4, 8):
-        alone = draw(network, SEEDS[i : i + 1], types=TYPES[i : i + 1], x_T=x_T[i : i + 1])
-        assert alone[0].equal(together[i])
-    assert not together[0].equal(draw(network, SEEDS[:1], x_T=x_T[:1])[0])
-    assert not together[0].equal(draw(network, SEEDS[:1], types=TYPES[:1])[0])
+def test_the_batches_never_change():
+    """Otherwise a run of an older version would go on with other images."""
+    batches = ShuffledBatches(10, 4, seed=7)
+    assert [batches.batch(step) for step in (0, 2, 3, 1000)] == [[7, 5, 4, 6], [2, 1, 7, 5], [9, 0, 7, 8], [7, 5, 3, 0]]
 
 
-def test_without_x_T_the_seeds_make_it(network):
-    own = seeded_noise(SEEDS[:3], (3, SIZE, SIZE))
-    assert draw(network, SEEDS[:3]).equal(draw(network, SEEDS[:3], x_T=own))
-    assert not draw(network, SEEDS[:3], x_T=own).equal(draw(network, SEEDS[3:6], x_T=own))  # ddpm's steps draw as well
-    ddim = dict(sampler="ddim", x_T=slerp(own[:1], own[1:2], 0.5))
-    assert draw(network, [1], **ddim).equal(draw(network, [2], **ddim))
+def test_ranks_share_each_batch():
+    whole = list(ShuffledBatches(10, 4, seed=1, last_step=6))
+    parts = [list(ShuffledBatches(10, 4, seed=1, last_step=6, rank_slice=slice(first, first + 2))) for first in (0, 2)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == whole
 
 
-def test_a_padded_batch_is_not_another_result(network):
-    """The same pictures as `sample` draws without padding, but for rounding."""
-    seeds = SEEDS[:3]
-    plain = sample(network, SCHEDULER, seeded_noise(seeds, (3, SIZE, SIZE)), seeds=seeds, steps=3, prediction="v",
-                   types=TYPES[:3], guidance=2.0)
-    torch.testing.assert_close(draw(network, seeds, types=TYPES[:3], guidance=2.0), plain, rtol=0, atol=1e-4)
+def test_the_loader_is_the_same_for_any_number_of_workers(tmp_path):
+    write_folder(tmp_path, 9)
+    (tmp_path / "004.png").write_bytes(b"")
+
+    def batches(first, workers, memory_limit=0):
+        return [images for images, _ in make_loader(ImageFolder(tmp_path, 16, memory_limit), 4, 5, first, 7, workers)]
+
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    alone = batches(0, 0)
+    assert len(alone) == 7 and all(batch.shape == (4, 3, 16, 16) and batch.dtype == torch.uint8 for batch in alone)
+    assert len({tuple(batch[:, 0, 0, 0].tolist()) for batch in alone}) == 7
+    assert all(torch.equal(a, b) for a, b in zip(alone, batches(0, 2), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(alone[3:], batches(3, 2), strict=True))
+    assert torch.equal(torch.get_rng_state(), before)  # a loader does not disturb the training's random numbers
+
+    (tmp_path / "004.png").unlink()
+    read, kept = batches(0, 0), batches(0, 2, memory_limit=None)
+    assert all(torch.equal(a, b) for a, b in zip(read, kept, strict=True))
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (dict(types=TYPES[:2]), "2 rows of types for 3 seeds"),
-    (dict(types=TYPES[:4], batch_size=1), "4 rows of types for 3 seeds"),
-    (dict(x_T=torch.zeros(1, 3, SIZE, SIZE)), "1 rows of x_T for 3 seeds"),
-])
-def test_wrong_lengths_are_refused(network, wrong, message):
-    with pytest.raises(ValueError) as error:
-        draw(network, SEEDS[:3], **wrong)
-    assert str(error.value) == message
-
-
-def test_a_batch_too_large_for_the_memory_is_halved_until_it_fits(network, capsys):
-    class Cramped(torch.nn.Module):
-        def forward(self, x_t, t, *types):
-            if len(x_t) > 16:  # with what they are padded to
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            return network(x_t, t, *types)
-
-    seeds = SEEDS[:50]
-    assert draw(Cramped(), seeds, batch_size=50).equal(draw(network, seeds, batch_size=50))
-    said = capsys.readouterr().out
-    assert "50 images at a time; going on with 25" in said and "25 images at a time; going on with 12" in said
-    Cramped.forward = lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory"))
-    with pytest.raises(torch.OutOfMemoryError):
-        draw(Cramped(), seeds)
+def test_memory_is_pinned_only_for_training_on_cuda(monkeypatch):
+    """Pinning makes a CUDA context of several hundred MB, also for --device cpu."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    dataset = ImageFolder.from_array(torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    assert not make_loader(dataset, 2, seed=0, last_step=1).pin_memory
+    assert make_loader(dataset, 2, seed=0, last_step=1, pin_memory=True).pin_memory

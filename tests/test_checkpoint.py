@@ -1,36 +1,45 @@
-"""Checkpoints survive what happens to files: kills, full disks, cuts, strangers, and code that waits to be run."""
+"""Checkpoints survive kills, full disks, truncation, files of others, and code that waits to be run.
 
-import copy
+Files are the business of utils/checkpoint.py, their meaning that of models/pipeline.py.
+"""
+
+from __future__ import annotations
+
 import errno
 import os
 import pickle
 import random
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import CheckpointError, load_checkpoint, load_model, newest_checkpoint, restore, save_checkpoint
+from critters import TYPES
 from forward_diffusion import NoiseScheduler
-from latents import Pixels
+from models.pipeline import Pipeline, newest_checkpoint
+from models.space import PixelSpace
+from scripts import ROOT
 from unet import UNet, UNetConfig
+from utils import files
+from utils.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint
 
 CONFIG = dict(width=8, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
 
 
-def network(seed: int = 0, **changes) -> UNet:
-    model = UNet(UNetConfig(**{**CONFIG, **changes}))
-    generator = torch.Generator().manual_seed(seed)
+def network(**changes) -> UNet:
+    net = UNet(UNetConfig(**{**CONFIG, **changes}))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in net.parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=generator))
-    return model.eval()
+    return net.eval()
 
 
-def content(model: UNet) -> dict:
-    return dict(ema=model.state_dict(), unet=vars(model.config).copy(), step=12,
+def content(net: UNet) -> dict:
+    return dict(ema=net.state_dict(), network=dict(kind="unet", config=vars(net.config).copy()), step=12,
                 scheduler=NoiseScheduler(77, schedule="cosine").config(), config=dict(prediction="v", image_size=8))
 
 
@@ -40,7 +49,8 @@ def saved(tmp_path) -> Path:
     return tmp_path / "model.pt"
 
 
-def assert_refused(path: Path, load=load_checkpoint) -> None:
+def assert_refused(path: Path, load: Callable[[Path], Any] = load_checkpoint) -> None:
+    """Check that a file is refused in one line that names it."""
     with pytest.raises(CheckpointError) as refused:
         load(path)
     assert str(path) in str(refused.value) and "\n" not in str(refused.value)
@@ -56,7 +66,7 @@ def test_round_trip(tmp_path):
     assert loaded["history"] == history and loaded["multipliers"] == (1, 2) and loaded["name"] == "é"
 
 
-def test_what_is_saved_loads_as_data(saved):
+def test_a_saved_file_is_data(saved):
     assert torch.load(saved, weights_only=True)["step"] == 12
 
 
@@ -74,7 +84,7 @@ def test_a_checkpoint_has_the_permissions_of_an_ordinary_file(saved):
 
 @pytest.mark.parametrize("failure, reported_as", [
     (OSError(errno.ENOSPC, "No space left on device"), OSError),
-    (RuntimeError("PyTorchStreamWriter failed writing file data/3"), OSError),  # how torch says the same
+    (RuntimeError("PyTorchStreamWriter failed writing file data/3"), OSError),  # torch's words for the same
     (KeyboardInterrupt(), KeyboardInterrupt),
 ])
 @pytest.mark.parametrize("where", ["while writing", "while renaming"])
@@ -89,7 +99,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(saved, monkeypatch, fail
     if where == "while writing":
         monkeypatch.setattr(torch, "save", fail_after_some_bytes)
     else:
-        monkeypatch.setattr(checkpoint.os, "replace", fail)
+        monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(reported_as):
         save_checkpoint(saved, step=13)
     assert load_checkpoint(saved)["step"] == 12 and os.listdir(saved.parent) == ["model.pt"]
@@ -110,7 +120,7 @@ def test_a_cut_file_is_refused(saved, part):
 @pytest.mark.parametrize("damage", [
     b"hello world\n", b"<html>not found</html>", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n",
     b"PK\x03\x04 the start of a zip", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"\x00" * 512,
-    # These stop torch's reader with an IndexError and a struct.error, of which it says nothing.
+    # These stop torch's reader with an IndexError and a struct.error, which it does not document.
     b"a,b\n1,2\n", b"0", b"Git", *[random.Random(seed).randbytes(200) for seed in range(20)],
 ])
 def test_a_file_of_other_bytes_is_refused(tmp_path, damage):
@@ -120,7 +130,7 @@ def test_a_file_of_other_bytes_is_refused(tmp_path, damage):
 
 
 class Trap:
-    """Unpickled, it would create a file; that is how a checkpoint from the internet takes over a machine."""
+    """Unpickled, it creates a file; that is how a checkpoint from the internet takes over a machine."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -131,7 +141,7 @@ class Trap:
 
 @pytest.mark.parametrize("write, read", [
     (lambda trap, file: pickle.dump(trap, file, protocol=2), pickle.load),
-    (lambda trap, file: torch.save({"format": checkpoint.FORMAT, "ema": trap}, file),
+    (lambda trap, file: torch.save({"format": FORMAT, "ema": trap}, file),
      lambda file: torch.load(file, weights_only=False)),
 ], ids=["pickle", "torch"])
 def test_no_code_in_a_file_is_run(tmp_path, write, read):
@@ -139,47 +149,73 @@ def test_no_code_in_a_file_is_run(tmp_path, write, read):
     with path.open("wb") as file:
         write(Trap(marker), file)
     assert_refused(path)
-    assert_refused(path, load_model)
+    assert_refused(path, Pipeline.load)
     assert not marker.exists()
     with path.open("rb") as file:
         read(file)
-    assert marker.exists()  # the trap does work, where it is let
+    assert marker.exists()  # the trap does work where nothing prevents it
 
 
 @pytest.mark.parametrize("theirs", [{"state_dict": {"w": torch.ones(2)}}, [1, 2], torch.ones(3), {"format": "other 1"}])
-def test_a_stranger_s_file_is_refused(tmp_path, theirs):
+def test_a_file_of_another_program_is_refused(tmp_path, theirs):
     torch.save(theirs, tmp_path / "theirs.pt")
     assert_refused(tmp_path / "theirs.pt")
 
 
-def test_load_model_rebuilds_the_network_and_the_scheduler(saved):
+def test_a_pipeline_has_the_network_and_the_scheduler_of_its_checkpoint(saved):
     original = network()
-    model, scheduler, codec, config = load_model(saved)
+    pipeline = Pipeline.load(saved)
     x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 76])
-    assert not model.training and model.config == original.config and isinstance(codec, Pixels)
-    assert torch.allclose(model(x, t), original(x, t), atol=1e-5)  # its numbers may lie in another order in memory
-    assert scheduler.config() == NoiseScheduler(77, schedule="cosine").config()
-    assert config == dict(prediction="v", image_size=8, types=())  # a checkpoint without types is unconditional
+    net = pipeline.net
+    assert not net.training and net.config == original.config and isinstance(pipeline.space, PixelSpace)
+    assert torch.allclose(net(x, t), original(x, t), atol=1e-5)  # it may have another memory format
+    assert pipeline.scheduler.config() == NoiseScheduler(77, schedule="cosine").config()
+    assert pipeline.settings == dict(prediction="v", image_size=8)
+    assert pipeline.class_names == ()  # a checkpoint without types is unconditional
 
 
-@pytest.mark.parametrize("key", ["ema", "unet", "scheduler", "config"])
+def test_the_checkpoint_of_critters_that_comes_with_the_repository_loads():
+    """It was written before the key "network" and the setting --data_seed."""
+    path = ROOT / "checkpoints/critters.pt"
+    assert {"unet"} == {"unet", "network"} & torch.load(path, weights_only=True, mmap=True).keys()
+    pipeline = Pipeline.load(path)
+    assert pipeline.class_names == TYPES and pipeline.settings["data_seed"] == pipeline.settings["seed"]
+    labels = pipeline.class_labels([("fire", "flying")])
+    images = pipeline.sample([3], labels=labels, guidance=2.0, sampler="ddim", steps=1)
+    assert images.shape == (1, 3, pipeline.image_size, pipeline.image_size) and images.std() > 0.1
+
+
+@pytest.mark.parametrize("key", ["ema", "network", "scheduler", "config"])
 def test_an_incomplete_checkpoint_is_refused(tmp_path, key):
     parts = content(network())
     del parts[key]
     save_checkpoint(tmp_path / "part.pt", **parts)
-    assert_refused(tmp_path / "part.pt", load_model)
+    assert_refused(tmp_path / "part.pt", Pipeline.load)
+
+
+def unet(**changes) -> dict:
+    """Return the content of a checkpoint at "network"."""
+    return dict(network=dict(kind="unet", config={**CONFIG, **changes}))
 
 
 @pytest.mark.parametrize("changes", [
-    dict(ema=network(width=16).state_dict()), dict(ema=[1, 2]), dict(unet=dict(depth=3)), dict(unet=dict(width=-8)),
+    dict(ema=network(width=16).state_dict()), dict(ema=[1, 2]), dict(ema={"conv_in.weight": "8"}),
+    unet(depth=3), unet(width=-8), unet(width="8"), unet(multipliers=()), unet(multipliers=[]), unet(multipliers=None),
+    dict(network=3), dict(network=dict(kind="unet")), dict(network=dict(kind="transformer", config=CONFIG)),
     dict(scheduler=dict(schedule="other")), dict(scheduler=dict(num_timesteps=10**15)), dict(config=3),
-    dict(config=dict(prediction="v")), dict(config=dict(prediction="v", image_size=9)), dict(unet=dict(width="8")),
+    dict(config=dict(prediction="v")), dict(config=dict(prediction="v", image_size=9)),
     dict(config=dict(prediction="v", image_size="8")), dict(config=dict(prediction="v", image_size=2**40)),
-    dict(config=dict(prediction="y", image_size=8)), dict(ema={"conv_in.weight": "8"}),
+    dict(config=dict(prediction="y", image_size=8)),
 ])
 def test_a_contradicting_checkpoint_is_refused(tmp_path, changes):
     save_checkpoint(tmp_path / "odd.pt", **{**content(network()), **changes})
-    assert_refused(tmp_path / "odd.pt", load_model)
+    assert_refused(tmp_path / "odd.pt", Pipeline.load)
+
+
+def test_empty_multipliers_are_refused_in_a_file_of_either_format(tmp_path):
+    for number, key in enumerate([unet(multipliers=()), dict(network=None, unet={**CONFIG, "multipliers": ()})]):
+        save_checkpoint(tmp_path / f"{number}.pt", **{**content(network()), **key})
+        assert_refused(tmp_path / f"{number}.pt", Pipeline.load)
 
 
 def test_newest_checkpoint_is_the_one_written_last(tmp_path):
@@ -187,14 +223,14 @@ def test_newest_checkpoint_is_the_one_written_last(tmp_path):
     folder.mkdir()
     assert_refused(folder, newest_checkpoint)
     assert_refused(tmp_path / "nowhere", newest_checkpoint)
-    for name, written in ("z.pt", 100), ("run/a.pt", 300), ("m.pt", 200), (".m.pt.tmp.pt", 900), ("notes.txt", 900):
+    for name, written in ("z.pt", 100), ("run/a.pt", 300), ("m.pt", 200), (".m.tmp.pt", 900), ("notes.txt", 900):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
         os.utime(folder / name, (written, written))
     assert newest_checkpoint(folder) == folder / "run" / "a.pt"
 
 
-def test_a_file_that_swells_is_refused_before_it_does(saved):
+def test_a_compressed_file_is_refused_before_it_is_unpacked(saved):
     """torch's reader would unpack compressed parts, and a few kilobytes can be many gigabytes of zeros."""
     with zipfile.ZipFile(saved) as whole, zipfile.ZipFile(saved.parent / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         for name in whole.namelist():
@@ -203,18 +239,18 @@ def test_a_file_that_swells_is_refused_before_it_does(saved):
     assert_refused(saved.parent / "bomb.pt")
 
 
-def test_a_size_that_no_memory_holds_is_refused_without_trying(tmp_path):
-    for number, unet in enumerate([dict(width=2**20), dict(blocks=10**9), dict(multipliers=(1, 2**20))]):
-        save_checkpoint(tmp_path / f"{number}.pt", **{**content(network()), "unet": {**CONFIG, **unet}})
-        assert_refused(tmp_path / f"{number}.pt", load_model)
+def test_a_network_too_large_for_any_memory_is_refused_without_trying(tmp_path):
+    for number, changes in enumerate([dict(width=2**20), dict(blocks=10**9), dict(multipliers=(1, 2**20))]):
+        save_checkpoint(tmp_path / f"{number}.pt", **{**content(network()), **unet(**changes)})
+        assert_refused(tmp_path / f"{number}.pt", Pipeline.load)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(tmp_path, value):
-    model = network()
-    model.conv_in.bias.data[3] = value
-    save_checkpoint(tmp_path / "nan.pt", **content(model))
-    assert_refused(tmp_path / "nan.pt", load_model)
+    net = network()
+    net.conv_in.bias.data[3] = value
+    save_checkpoint(tmp_path / "nan.pt", **content(net))
+    assert_refused(tmp_path / "nan.pt", Pipeline.load)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit that only POSIX has")
@@ -231,61 +267,3 @@ def test_no_room_for_the_whole_file(saved):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert saved.read_bytes() == before and os.listdir(saved.parent) == ["model.pt"]
-
-
-def trained(seed: int, **changes) -> tuple[UNet, torch.optim.Adam]:
-    model = network(seed, **changes)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    model(torch.ones(1, 3, 8, 8), torch.tensor([seed])).sum().backward()
-    optimizer.step()
-    return model, optimizer
-
-
-def test_restore_puts_the_training_back():
-    model, optimizer = trained(1)
-    content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()))
-    content["optimizer"]["param_groups"][0]["lr"] = "not a number"  # settings come from the code, never from a file
-    other, its_optimizer = trained(2)
-    restore("a.pt", content, its_optimizer, torch.amp.GradScaler("cpu", enabled=False), model=other)
-    assert all(a.equal(b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
-    assert its_optimizer.param_groups[0]["lr"] == 1e-3
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert all(optimizer.state[p][name].equal(its_optimizer.state[q][name]) for name in optimizer.state[p])
-
-
-def test_a_training_goes_on_the_same_on_a_device_with_another_order_of_memory():
-    """A GPU's channels last, a CPU's planes: fused Adam takes numbers as they lie, so they must lie as weights do."""
-    def next_step(fused: bool) -> list[torch.Tensor]:
-        model, optimizer = trained(1)
-        state = copy.deepcopy(optimizer.state_dict())
-        for memory in state["state"].values():
-            for name, value in memory.items():
-                memory[name] = value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-        other = network(2)
-        its_optimizer = torch.optim.Adam(other.parameters(), lr=1e-3, fused=fused)
-        restore("a.pt", dict(model=model.state_dict(), optimizer=state), its_optimizer,
-                torch.amp.GradScaler("cpu", enabled=False), model=other)
-        other(torch.ones(1, 3, 8, 8), torch.tensor([3])).square().sum().backward()
-        its_optimizer.step()
-        return list(other.parameters())
-
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(next_step(True), next_step(False), strict=True))
-
-
-@pytest.mark.parametrize("damage", [
-    lambda c: c.pop("model"), lambda c: c.update(model=3), lambda c: c["model"].pop("conv_in.bias"),
-    lambda c: c["model"].update({"conv_in.bias": torch.zeros(3)}), lambda c: c["model"].update(more=torch.zeros(1)),
-    lambda c: c["model"]["conv_in.bias"].fill_(float("nan")), lambda c: c.pop("optimizer"),
-    lambda c: c.update(optimizer=[]), lambda c: c["optimizer"]["state"][0].clear(),
-    lambda c: c["optimizer"]["state"].pop(0),
-    lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.zeros(1)),
-    lambda c: c["optimizer"]["state"].update({9999: {}}), lambda c: c["optimizer"]["state"][0].update(exp_avg="zero"),
-    lambda c: c["scaler"].pop("scale"), lambda c: c.update(scaler=3),
-])
-def test_restore_refuses_what_does_not_fit(damage):
-    model, optimizer = trained(1)
-    scaler = torch.amp.GradScaler("cpu")
-    content = dict(model=copy.deepcopy(model.state_dict()), optimizer=copy.deepcopy(optimizer.state_dict()),
-                   scaler=scaler.state_dict())
-    damage(content)
-    assert_refused(Path("a.pt"), lambda path: restore(path, content, optimizer, scaler, model=model))

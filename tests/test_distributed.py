@@ -1,4 +1,6 @@
-"""However the work on a batch is divided, among processes, parts or decoding workers, it is the same training."""
+"""However the work on a batch is divided, among processes, parts or decoding workers, the training is the same."""
+
+from __future__ import annotations
 
 import os
 import subprocess
@@ -9,12 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import dataset
-import denoising
 import train
-from checkpoint import load_checkpoint
-from distributed import Processes
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
+from training import dataset
+from training.distributed import DistEnv
+from utils.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -24,7 +25,7 @@ TWENTY_STEPS = [*TINY, "--epochs", "20", "--batch_size", "8", "--lr", "1e-3", "-
 
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory) -> list[float]:
-    """Of twenty steps in one process and one part."""
+    """Return the losses of twenty steps in one process and one part."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("alone"))
         assert call(train, *TWENTY_STEPS) == 0
@@ -32,7 +33,7 @@ def losses(tmp_path_factory) -> list[float]:
 
 
 def torchrun(script: Path | str, *flags: str) -> subprocess.CompletedProcess:
-    """Two processes on this machine's CPU."""
+    """Run two processes on this machine's CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # which says what a crash was
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
@@ -41,24 +42,25 @@ def torchrun(script: Path | str, *flags: str) -> subprocess.CompletedProcess:
 def test_two_processes_have_the_losses_of_one(losses):
     done = torchrun(ROOT / "train.py", *TWENTY_STEPS)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done:") == 1  # the first speaks for both
+    assert done.stdout.count("done:") == 1  # the main process speaks for both
     assert [float(row["loss"]) for row in metrics()] == pytest.approx(losses, rel=1e-5) and len(losses) == 20
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-def test_a_process_that_dies_ends_the_other_and_one_alone_goes_on(losses):
+def test_a_process_that_dies_ends_the_other_and_one_alone_resumes(losses):
     Path("die.py").write_text(f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import denoising, train
-draw, calls = denoising.draw_timesteps, []
+import train
+from training import loss
+draw, calls = loss.draw_timesteps, []
 def draw_or_die(*args):
     calls.append(args)
     if len(calls) == 12 and os.environ["RANK"] == "1":
         open("died", "w").write(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(*args)
-denoising.draw_timesteps = draw_or_die
+loss.draw_timesteps = draw_or_die
 train.main()
 """)
     done = torchrun("die.py", *TWENTY_STEPS, "--save_every", "0")
@@ -90,15 +92,15 @@ def test_a_batch_that_cannot_be_divided_is_refused(capsys):
     assert_one_line(call(train, *TINY, "--grad_accum", 3), capsys, "--batch_size 4", "--grad_accum 3", "multiple of 3")
 
 
-def test_shares_make_the_batch():
-    processes = Processes()
-    processes.size, indices = 3, list(range(12))
+def test_the_slices_of_the_processes_make_the_batch():
+    dist = DistEnv()
+    dist.world_size, indices = 3, list(range(12))
     parts = []
-    for processes.rank in range(3):
-        parts += indices[processes.share(12, 2)]
+    for dist.rank in range(3):
+        parts += indices[dist.rank_slice(12, 2)]
     assert parts == indices
     with pytest.raises(ValueError, match="--batch_size 15 .* 3 processes times --grad_accum 2; choose a multiple of 6"):
-        processes.share(15, 2)
+        dist.rank_slice(15, 2)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes that are started anew do not see the small memory")

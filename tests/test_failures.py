@@ -1,4 +1,6 @@
-"""What goes wrong while a training runs: full disks, a second trainer, signals, numbers that are no numbers, memory."""
+"""Failures while a training runs: full disks, a second trainer, signals, non-finite numbers, too little memory."""
+
+from __future__ import annotations
 
 import errno
 import os
@@ -11,14 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-import checkpoint
-import denoising
-import runs
 import train
-import training
-from checkpoint import load_checkpoint
+from forward_diffusion import NoiseScheduler
+from models.pipeline import Pipeline
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
+from training import loop, loss, run_dir, run_images
+from training.run_dir import RunDir, lock_folder, milestones
+from utils import files
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -29,7 +33,7 @@ def no_space(*args, **kwargs):
 
 @pytest.fixture
 def disk(monkeypatch):
-    """A disk for checkpoints that is full while `disk["full"]`; it counts the saves that fail."""
+    """A disk for checkpoints that is full while `disk["full"]`; `disk["failed"]` counts the saves that fail."""
     disk, save = dict(full=True, failed=0), torch.save
 
     def save_if_room(content, file):
@@ -49,7 +53,7 @@ def disk(monkeypatch):
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(trained, disk, monkeypatch, capsys):
     """The first save works, the next ones fail, and there is room again before the end."""
-    steps, draw = [], denoising.draw_timesteps
+    steps, draw = [], loss.draw_timesteps
 
     def draw_and_fill(*args):
         steps.append(len(steps))
@@ -58,20 +62,21 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(trained, disk, monkeypatc
             assert load_checkpoint("checkpoints/latest.pt")["step"] == 2  # the old one is whole
         return draw(*args)
 
-    monkeypatch.setattr(denoising, "draw_timesteps", draw_and_fill)
+    monkeypatch.setattr(loss, "draw_timesteps", draw_and_fill)
     assert call(train, *TINY, "--save_every", 0) == 0
     assert_same_run(load_checkpoint("checkpoints/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
-    said = capsys.readouterr().err
-    assert said.count("could not write checkpoints/latest.pt (No space left on device)") == 1  # and not each time
-    assert "training goes on" in said and "checkpoints/latest.pt could be written again" in said and disk["failed"] == 2
+    printed = capsys.readouterr().err
+    assert printed.count("could not write checkpoints/latest.pt (No space left on device)") == 1  # and not each time
+    assert "training goes on" in printed and "checkpoints/latest.pt could be written again" in printed
+    assert disk["failed"] == 2
 
 
-def test_a_failed_save_is_tried_again_after_a_minute_and_not_at_every_step(disk, monkeypatch):
+def test_a_failed_save_is_retried_after_a_minute_and_not_at_every_step(disk, monkeypatch):
     assert call(train, *TINY, "--epochs", 20).startswith("error: ")  # saves every 10 minutes
     assert disk["failed"] == 1
-    run = runs.Run(train.Config(save_every=10.0), [], training.COLUMNS, new=True)
+    run = RunDir(train.Config(save_every=10.0), [], loop.COLUMNS, new=True)
     now = time.monotonic()
-    monkeypatch.setattr(runs.time, "monotonic", lambda: now)
+    monkeypatch.setattr(run_dir.time, "monotonic", lambda: now)
     run.save("latest.pt", step=1)
     assert run.next_save == now + 60
     disk["full"] = False
@@ -95,10 +100,10 @@ def test_a_disk_that_stays_full_ends_with_one_line_and_the_old_checkpoint(traine
 
 
 @pytest.mark.parametrize("module, name, lost", [
-    (train, "save_image", "generated_epoch_0002.png"), (runs.Run, "draw_loss", "loss.png"),
-    (runs.Run, "_append_metrics", "metrics.csv"),
+    (train, "square_grid", "generated_epoch_0002.png"), (RunDir, "draw_loss", "loss.png"),
+    (RunDir, "_append_metrics", "metrics.csv"),
 ])
-def test_what_cannot_be_written_to_outputs_ends_no_training(trained, monkeypatch, capsys, module, name, lost):
+def test_a_file_of_outputs_that_cannot_be_written_ends_no_training(trained, monkeypatch, capsys, module, name, lost):
     write, calls = getattr(module, name), []
 
     def write_but_once(*args, **kwargs):
@@ -115,18 +120,18 @@ def test_what_cannot_be_written_to_outputs_ends_no_training(trained, monkeypatch
     del ours["cost.json"], theirs["cost.json"]  # which has the seconds
     if lost.startswith("generated"):
         del theirs[lost]
-    assert ours == theirs  # the curve and the numbers are whole again after the next epoch
+    assert ours == theirs  # the loss curve and the metrics are whole again after the next epoch
     assert_same_run(load_checkpoint("checkpoints/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
 
 
-def test_outputs_that_somebody_removes_come_back(monkeypatch):
-    draw = denoising.draw_timesteps
+def test_outputs_that_were_removed_come_back(monkeypatch):
+    draw = loss.draw_timesteps
 
     def draw_and_remove(*args):
         shutil.rmtree("outputs")
         return draw(*args)
 
-    monkeypatch.setattr(denoising, "draw_timesteps", draw_and_remove)
+    monkeypatch.setattr(loss, "draw_timesteps", draw_and_remove)
     assert call(train, *TINY, "--epochs", 2, "--batch_size", 8) == 0
     assert [row["epoch"] for row in metrics()] == ["1", "2"] and Path("outputs/generated_epoch_0002.png").exists()
 
@@ -136,15 +141,23 @@ def test_keep_limits_the_milestones():
     assert sorted(path.name for path in Path("checkpoints").glob("*.pt")) == [
         "epoch_0004.pt", "epoch_0005.pt", "final_model.pt", "latest.pt"]
     assert call(train, "--resume", "--epochs", 8, "--keep", 0) == 0
-    kept = [path.stem for path in runs.milestones(Path("checkpoints"))]
-    assert kept == ["epoch_0004", "epoch_0005", "epoch_0006", "epoch_0007"]  # as eight epochs without a stop leave
+    kept = [path.stem for path in milestones(Path("checkpoints"))]
+    assert kept == ["epoch_0004", "epoch_0005", "epoch_0006", "epoch_0007"]  # as eight epochs without a stop leave them
     Path("checkpoints/epoch_10000.pt").touch()
-    assert [path.name for path in runs.milestones(Path("checkpoints"))][-1] == "epoch_10000.pt"  # by number, not name
+    assert [path.name for path in milestones(Path("checkpoints"))][-1] == "epoch_10000.pt"  # by number, not name
 
 
-def test_a_kill_at_the_first_milestone_leaves_a_run_that_goes_on(monkeypatch):
-    """latest.pt is there before the milestone, and a milestone that was not reached is written on resume."""
-    save = runs.Run.save
+def test_keep_spares_the_milestones_that_were_named():
+    flags = ["--epochs", 6, "--milestone_every", 1, "--milestones", 1, 3, "--keep", 1]
+    assert call(train, *TINY, *flags) == 0
+    assert [path.stem for path in milestones(Path("checkpoints"))] == ["epoch_0001", "epoch_0003", "epoch_0005"]
+    assert call(train, "--resume", "--epochs", 7, "--milestones", 3) == 0
+    assert [path.stem for path in milestones(Path("checkpoints"))] == ["epoch_0003", "epoch_0006"]
+
+
+def test_a_kill_at_the_first_milestone_leaves_a_run_that_resumes(monkeypatch):
+    """latest.pt is written before the milestone, and a milestone that a kill prevented is written on resume."""
+    save = RunDir.save
 
     def die_at_the_milestone(run, name, **content):
         if name == "epoch_0001.pt":
@@ -152,11 +165,11 @@ def test_a_kill_at_the_first_milestone_leaves_a_run_that_goes_on(monkeypatch):
         return save(run, name, **content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.Run, "save", die_at_the_milestone)
+        patch.setattr(RunDir, "save", die_at_the_milestone)
         assert call(train, *TINY, "--milestone_every", 1) == 130
     assert [path.name for path in Path("checkpoints").glob("*.pt")] == ["latest.pt"]
     assert call(train, "--resume") == 0
-    assert [path.stem for path in runs.milestones(Path("checkpoints"))] == ["epoch_0001", "epoch_0002"]
+    assert [path.stem for path in milestones(Path("checkpoints"))] == ["epoch_0001", "epoch_0002"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +182,7 @@ def test_a_second_trainer_in_a_folder_is_refused_until_the_first_is_gone(capsys)
     ready, tell = os.pipe()
     first = os.fork()
     if first == 0:
-        runs.lock_folder(Path("checkpoints"))
+        lock_folder(Path("checkpoints"))
         os.write(tell, b"!")
         time.sleep(600)
     os.read(ready, 1)
@@ -195,33 +208,34 @@ def test_a_file_system_without_locks_is_no_obstacle(monkeypatch):
 
 
 def test_a_run_that_came_and_went_while_this_one_read_its_images_is_not_overwritten(monkeypatch, capsys):
-    load = training.load_images
+    load = run_images.load_images
 
     def load_while_another_trains(*args, **kwargs):
-        monkeypatch.setattr(training, "load_images", load)
+        monkeypatch.setattr(run_images, "load_images", load)
         assert call(train, *TINY, "--max_steps", 1) == 0
         return load(*args, **kwargs)
 
-    monkeypatch.setattr(training, "load_images", load_while_another_trains)
+    monkeypatch.setattr(run_images, "load_images", load_while_another_trains)
     assert "--resume" in call(train, *TINY)
     assert load_checkpoint("checkpoints/latest.pt")["step"] == 1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals to a group are POSIX's")
 def test_signals_to_all_processes_of_a_training_with_workers():
-    """A terminal's Ctrl-C and a scheduler's SIGTERM reach the workers too. Then, while a step hangs: twice Ctrl-C."""
+    """A terminal's Ctrl-C and a scheduler's SIGTERM reach the workers too. Then Ctrl-C twice while a step hangs."""
     Path("run.py").write_text(f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import dataset, denoising, train
+import train
+from training import dataset, loss
 dataset._default_memory_limit = lambda: 0
 if sys.argv.pop() == "hang":
-    denoising.draw_timesteps = lambda *args: (open("hangs", "w"), time.sleep(600))
+    loss.draw_timesteps = lambda *args: (open("hangs", "w"), time.sleep(600))
 train.main()
 """)
     Path("mine").mkdir()
     for i in range(9):
-        train.save_image(torch.full((3, 20, 20), i / 9), f"mine/{i}.png")
+        Image.new("RGB", (20, 20), (28 * i,) * 3).save(f"mine/{i}.png")
     flags = [*TINY, "--data", "mine", "--workers", "2", "--epochs", "1000000", "--sample_every", "1000000"]
 
     def start(*more: str, until: str) -> subprocess.Popen:
@@ -254,14 +268,14 @@ train.main()
 
 
 def spoil(monkeypatch, steps: set[int], value: float = float("nan")) -> None:
-    """Make the loss of these steps something that is no number."""
-    weight, calls = denoising.NoiseScheduler.loss_weight, []
+    """Multiply the loss of these steps by `value`."""
+    weight, calls = NoiseScheduler.loss_weight, []
 
     def loss_weight(*args):
         calls.append(args)
         return weight(*args) * (value if len(calls) - 1 in steps else 1)
 
-    monkeypatch.setattr(denoising.NoiseScheduler, "loss_weight", loss_weight)
+    monkeypatch.setattr(NoiseScheduler, "loss_weight", loss_weight)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -277,7 +291,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(monkeypatch, c
     assert call(train, "--resume", "--max_steps", 0) == 0
     rows = metrics()
     assert [row["skipped"] for row in rows] == ["0", "1", "0"]
-    assert float(rows[1]["loss"]) == before["tally"][0].item()  # the mean of the epoch's one good step
+    assert float(rows[1]["loss"]) == before["stats"]["loss_sum"]  # the mean of the epoch's one good step
 
 
 def test_an_epoch_without_a_single_good_step(monkeypatch):
@@ -286,18 +300,18 @@ def test_an_epoch_without_a_single_good_step(monkeypatch):
     assert [row["skipped"] for row in metrics()] == ["0", "2", "0"] and metrics()[1]["loss"] == "nan"
 
 
-def test_a_run_of_bad_steps_stops_with_the_last_good_weights_kept(monkeypatch):
+def test_a_run_of_bad_steps_stops_and_keeps_the_last_good_weights(monkeypatch):
     spoil(monkeypatch, set(range(4, 1000)))
     assert call(train, *TINY, "--epochs", 2) == 0
     before = Path("checkpoints/latest.pt").read_bytes()
     code = call(train, "--resume", "--epochs", 1000)
     assert code.startswith("error: no finite loss") and "--lr" in code and "float16" in code and "\n" not in code
-    assert len(metrics()) == 2 + training.MAX_SKIPPED / 2 - 1  # it stopped at the end of the epoch with the last one
+    assert len(metrics()) == 2 + loop.MAX_SKIPPED / 2 - 1  # it stopped at the end of the epoch with the last one
     assert Path("checkpoints/latest.pt").read_bytes() == before
 
 
 def test_float16_trains_with_a_scaler_and_resumes_exactly(capsys):
-    """The first scale, 65536, is too much for some steps of this training, so its changes are part of the test."""
+    """The first scale, 65536, is too large for some steps of this training, so its changes are part of the test."""
     flags = [*TINY, "--precision", "fp16", "--epochs", 4, "--loss_weighting", "min_snr", "--prediction", "x0"]
     assert call(train, *flags, "--run_name", "whole") == 0
     whole = load_checkpoint("checkpoints/whole/latest.pt")
@@ -329,7 +343,7 @@ def test_steps_that_overflow_in_float16_are_skipped_until_the_scale_fits(monkeyp
     (["--grad_accum", 2], ["2 images at a time", "--grad_accum 4,", "1 at a time"]),
     (["--grad_accum", 4], ["one image at a time", "--width"]),
 ])
-def test_too_little_memory_is_one_line_with_the_way_out(monkeypatch, capsys, error, flags, words):
+def test_too_little_memory_is_one_line_that_says_what_to_try(monkeypatch, capsys, error, flags, words):
     def too_large(*args, **kwargs):
         raise error
 
@@ -342,7 +356,7 @@ def test_a_grid_that_needs_too_much_memory_ends_no_training(monkeypatch, capsys)
     def too_large(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nand more lines")
 
-    monkeypatch.setattr(train, "sample_seeds", too_large)
+    monkeypatch.setattr(Pipeline, "sample", too_large)
     assert call(train, *TINY) == 0
     assert "warning: no outputs/generated_epoch_0003.png (CUDA out of memory" in capsys.readouterr().err
     assert load_checkpoint("checkpoints/final_model.pt")["step"] == 6
@@ -358,8 +372,8 @@ def test_a_programming_error_is_not_hidden(monkeypatch):
 
 
 def test_the_folder_of_a_checkpoint_is_synced_too(monkeypatch):
-    """So that the new name survives a power cut, as the new bytes do."""
+    """The new name then survives a power cut, as the new bytes do."""
     synced, fsync = [], os.fsync
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
-    checkpoint.save_checkpoint("folder/a.pt", step=1)
+    monkeypatch.setattr(files.os, "fsync", lambda number: (synced.append(os.fstat(number).st_ino), fsync(number)))
+    save_checkpoint("folder/a.pt", step=1)
     assert synced == [Path("folder/a.pt").stat().st_ino, Path("folder").stat().st_ino]

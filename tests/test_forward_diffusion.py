@@ -1,10 +1,13 @@
 """The forward process against its definition: schedules, the jump to any timestep, eps / v / x_0."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 import torch
 
 from forward_diffusion import PREDICTIONS, SCHEDULES, NoiseScheduler
+from utils.seeding import seed_from
 
 
 def linear_betas(num_timesteps: int = 1000) -> np.ndarray:
@@ -13,7 +16,7 @@ def linear_betas(num_timesteps: int = 1000) -> np.ndarray:
 
 
 def coefficients(scheduler: NoiseScheduler) -> tuple[torch.Tensor, torch.Tensor]:
-    """What add_noise multiplies the image and the noise by, at every timestep, float64 [T] each."""
+    """Return the factors of image and noise in add_noise at every timestep, float64 [T] each."""
     t = torch.arange(scheduler.num_timesteps)
     one = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
     signal, sigma = scheduler.add_noise(one, t, 0 * one), scheduler.add_noise(0 * one, t, one)
@@ -40,7 +43,7 @@ def test_cosine_schedule_is_nichol_and_dhariwals(num_timesteps):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_tables_belong_together(schedule):
+def test_tables_are_consistent(schedule):
     scheduler = NoiseScheduler(100, schedule=schedule)
     for table in (scheduler.betas, scheduler.alphas, scheduler.alphas_cumprod, scheduler.alphas_cumprod_prev):
         assert table.shape == (100,) and table.dtype == torch.float32
@@ -69,7 +72,7 @@ def test_variance_is_preserved(schedule):
 
 
 def test_the_least_noise_is_exact_in_float32():
-    """sqrt(1 - abar) from a float32 abar would be 3e-4 off: the table must be made in float64."""
+    """sqrt(1 - abar) from a float32 abar would be 3e-4 off: the table must be computed in float64."""
     x = torch.zeros(1, 3, 2, 2)
     x_t = NoiseScheduler().add_noise(x, torch.tensor([0]), x + 1)
     assert x_t.dtype == torch.float32 and x_t[0, 0, 0, 0].item() == pytest.approx(0.01, rel=1e-6)
@@ -96,7 +99,7 @@ def test_conversions_are_inverses_at_every_timestep(schedule, prediction):
     torch.testing.assert_close(scheduler.to_eps(found, x_t, t), noise, rtol=0, atol=1e-10)
 
 
-def test_targets_are_what_their_names_say():
+def test_targets():
     scheduler, t = NoiseScheduler(schedule="cosine"), torch.tensor([400])
     x_0, noise = torch.randn(2, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     abar = scheduler.alpha_bar(400)
@@ -111,7 +114,7 @@ def test_config_builds_the_scheduler_again():
                       NoiseScheduler(60, zero_terminal_snr=True)):
         again = NoiseScheduler(**scheduler.config())
         assert again.config() == scheduler.config() and again.alphas_cumprod.equal(scheduler.alphas_cumprod)
-    older = {"num_timesteps": 50, "beta_start": 1e-3, "beta_end": 0.1, "schedule": "linear"}  # of the first checkpoints
+    older = dict(num_timesteps=50, beta_start=1e-3, beta_end=0.1, schedule="linear")  # as old checkpoints have it
     assert not NoiseScheduler(**older).zero_terminal_snr
 
 
@@ -134,16 +137,26 @@ def test_wrong_arguments_are_refused():
             scheduler.alpha_bar(t)
 
 
+def test_seed_from_tells_any_two_positions_apart():
+    positions = [(1, 2), (2, 1), (1,), (1, 0), (1, 0, 0), (0,), (0, 1), (), (2**32,), (2**32 + 1,), (-1,), (-1, 0)]
+    positions += [(0, step) for step in range(2, 1000)]
+    seeds = [seed_from(*position) for position in positions]
+    for stream in ("order", "step", "steps"):
+        seeds += [seed_from(*position, stream=stream) for position in positions[:12]]
+    assert len(set(seeds)) == len(positions) + 36
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_from(1, 2) == 4_013_407_976_395_716_621  # with other values, old runs could not be resumed
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_makes_the_error_of_the_image_count_the_same_whatever_is_predicted(schedule, prediction):
+def test_min_snr_weights_the_error_of_x_0_equally_for_every_prediction(schedule, prediction):
     scheduler = NoiseScheduler(schedule=schedule)
     t = torch.tensor([0, 1, 100, 300, 500, 800, 990])
-    x_t, answer = torch.randn(2, len(t), 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    off = answer + 0.01
-    in_image = scheduler.to_x_0(prediction, off, x_t, t) - scheduler.to_x_0(prediction, answer, x_t, t)
+    x_t, output = torch.randn(2, len(t), 1, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    error = scheduler.to_x_0(prediction, output + 0.01, x_t, t) - scheduler.to_x_0(prediction, output, x_t, t)
     weight = scheduler.loss_weight("min_snr", prediction, t).double()
-    ratio = weight * 0.01**2 / (in_image**2).flatten()
+    ratio = weight * 0.01**2 / (error**2).flatten()
     torch.testing.assert_close(ratio, scheduler.snr()[t].clamp(max=5), rtol=1e-3, atol=0)
     assert (scheduler.loss_weight("uniform", prediction, t) == 1).all()
     with pytest.raises(ValueError, match="uniform, min_snr"):
@@ -152,8 +165,8 @@ def test_min_snr_makes_the_error_of_the_image_count_the_same_whatever_is_predict
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("num_timesteps", [2, 50, 1000])
-def test_zero_terminal_snr_is_lin_and_others(schedule, num_timesteps):
-    """Their algorithm 1: sqrt(abar) shifted so that the last is 0, and scaled so that the first stays."""
+def test_zero_terminal_snr_is_algorithm_1_of_lin_et_al(schedule, num_timesteps):
+    """sqrt(abar) is shifted so that the last is 0, and scaled so that the first stays the same."""
     before, after = (NoiseScheduler(num_timesteps, schedule=schedule, zero_terminal_snr=on) for on in (False, True))
     old, new = (torch.tensor([s.alpha_bar(t) for t in range(num_timesteps)], dtype=torch.float64).sqrt()
                 for s in (before, after))
@@ -178,11 +191,11 @@ def test_zero_terminal_snr_leaves_nothing_undefined(schedule):
     for prediction in ("v", "x0"):
         found = scheduler.to_x_0(prediction, scheduler.target(prediction, x_0, t, noise), x_t, t)
         torch.testing.assert_close(found, x_0, rtol=0, atol=1e-12)
-    with pytest.raises(ValueError, match="'eps' leaves the image open at timestep 999.*choose v or x0"):
+    with pytest.raises(ValueError, match="'eps' does not determine x_0 at timestep 999.*choose v or x0"):
         scheduler.to_x_0("eps", noise, x_t, t)
     torch.testing.assert_close(scheduler.to_x_0("eps", noise[2:], x_t[2:], t[2:]), x_0[2:])
 
 
-def test_one_integer_is_a_timestep_for_all():
+def test_to_eps_takes_one_timestep_for_all():
     scheduler, (x_0, x_t) = NoiseScheduler(), torch.randn(2, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     assert scheduler.to_eps(x_0, x_t, 700).equal(scheduler.to_eps(x_0, x_t, torch.full((4,), 700)))

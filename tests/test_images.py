@@ -1,12 +1,30 @@
-"""Decoding of image files: every format and colour mode, transparency, rotation, shape, reduced size."""
+"""Images as files: decoding of every format and colour mode; grids, GIFs, recorded settings; PSNR and SSIM."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from utils.images import SUFFIXES, decode_error, decode_image
+from utils.images import (
+    LONGEST_SIDE,
+    SUFFIXES,
+    decode_error,
+    decode_image,
+    enlarge,
+    image_grid,
+    psnr,
+    read_settings,
+    save_gif,
+    save_image,
+    square_grid,
+    ssim,
+    to_pil,
+    to_uint8,
+)
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -167,3 +185,142 @@ def test_errors_are_explained_on_one_line(tmp_path):
         assert decode_error(error.value) == words
     assert decode_error(ValueError("two\nlines")) == "two" and decode_error(ValueError("\x1b[2J")) == "\\x1b[2J"
     assert decode_error(ValueError()) == "ValueError"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tensors
+
+
+def test_to_uint8_rounds_to_the_nearest():
+    levels = torch.arange(256).view(1, 1, 16, 16).expand(1, 3, -1, -1)
+    assert torch.equal(to_uint8(levels / 127.5 - 1), levels.to(torch.uint8))
+    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    assert torch.equal(to_uint8((levels / 127.5 - 1).bfloat16()), to_uint8((levels / 127.5 - 1).bfloat16().float()))
+
+
+def test_to_pil_and_enlarge():
+    pixels = torch.randint(0, 256, (3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    assert np.array_equal(np.asarray(to_pil(pixels)), pixels.permute(1, 2, 0).numpy())
+    large = enlarge(pixels, 3)
+    assert large.shape == (3, 12, 15) and all(large[:, i::3, j::3].equal(pixels) for i in range(3) for j in range(3))
+    assert enlarge(pixels, 1).equal(pixels)
+
+
+def test_psnr():
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 1.8 - 0.9
+    assert psnr(images, images).tolist() == [120, 120]  # the cap
+    torch.testing.assert_close(psnr(images + 0.02, images), torch.full((2,), 40.0), rtol=0, atol=1e-3)
+
+
+def test_ssim():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 3, 24, 24, generator=generator) * 2 - 1
+    torch.testing.assert_close(ssim(images, images), torch.ones(3))
+    noise = torch.randn(images.shape, generator=generator)
+    values = [ssim(images + level * noise, images) for level in (0.05, 0.2, 0.8)]
+    assert (values[0] > values[1]).all() and (values[1] > values[2]).all() and values[2].max() < 0.8
+    # Of constant images only the means' factor is left: (2 a b + c_1) / (a^2 + b^2 + c_1).
+    grey = ssim(torch.full((1, 3, 16, 16), 0.0), torch.full((1, 3, 16, 16), 0.5))
+    assert grey.item() == pytest.approx((2 * 0.5 * 0.75 + 1e-4) / (0.5**2 + 0.75**2 + 1e-4), rel=1e-3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grids
+
+
+def test_a_grid_is_made_of_its_images():
+    pixels = torch.randint(0, 200, (5, 3, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for scale in (1, 2):
+        grid = np.asarray(image_grid(pixels, columns=3, scale=scale))
+        side, gap = 6 * scale, 2 * scale
+        assert grid.shape == (2 * side + 3 * gap, 3 * side + 4 * gap, 3)
+        for i, image in enumerate(enlarge(pixels, scale).permute(0, 2, 3, 1).numpy()):
+            top, left = gap + i // 3 * (side + gap), gap + i % 3 * (side + gap)
+            assert np.array_equal(grid[top : top + side, left : left + side], image)
+        assert (grid[:gap] == 255).all() and (grid[-side:, -side:] == 255).all()  # the sixth place is empty
+
+
+def test_row_names_stand_beside_their_rows():
+    pixels = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    plain, named = image_grid(pixels, 2), image_grid(pixels, 2, row_names=["fire", "electric"])
+    margin = np.asarray(named)[:, : named.width - plain.width].astype(int)
+    assert np.array_equal(np.asarray(named)[:, named.width - plain.width :], np.asarray(plain))
+    ink = [(255 - margin[18 * row : 18 * row + 18]).sum() for row in range(2)]
+    assert margin.shape[0] == plain.height and ink[1] > ink[0] > 0  # the longer name has more ink
+    assert (margin[:, -6:] == 255).all()  # no name touches its row
+
+
+def test_square_grid():
+    images = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert np.array_equal(np.asarray(square_grid(images)), np.asarray(image_grid(to_uint8(images), columns=3)))
+    assert square_grid(images[:4]).size == (2 * 10 + 2, 2 * 10 + 2) and square_grid(images[:1]).size == (8, 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def test_a_png_records_its_settings(tmp_path):
+    settings = dict(seed=2**62, types="fire flying", guidance=3.0, interpolate=[3, 8], name="é 日")
+    image = Image.new("RGB", (4, 4), RED)
+    save_image(image, tmp_path / "new folder/a.png", **settings)
+    assert read_settings(tmp_path / "new folder/a.png") == settings
+    save_image(image, tmp_path / "b.jpg", **settings)
+    image.save(tmp_path / "c.png")
+    assert read_settings(tmp_path / "b.jpg") == read_settings(tmp_path / "c.png") == {}
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in LONGEST_SIDE if suffix != ".gif"] + [".PNG", ".JPG"])
+def test_every_format_of_a_grid_can_be_written(tmp_path, suffix):
+    save_image(Image.fromarray(quarters()), tmp_path / f"grid{suffix}")
+    assert_quarters(decode_image(tmp_path / f"grid{suffix}", 16), RED, GREEN, BLUE, WHITE, tolerance=40)
+    assert [path.name for path in tmp_path.iterdir()] == [f"grid{suffix}"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    def fail(self, path, **_):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    for name in ("a.png", "a.gif"):
+        (tmp_path / name).write_bytes(b"an older file")
+    monkeypatch.setattr(Image.Image, "save", fail)
+    frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, GREEN)]
+    for write in (lambda: save_image(frames[0], tmp_path / "a.png"), lambda: save_gif(frames, tmp_path / "a.gif")):
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "a.png": b"an older file", "a.gif": b"an older file"}
+
+
+def test_a_gif_keeps_the_colours_of_both_ends(tmp_path):
+    """Though all frames share one palette."""
+    ramp = torch.linspace(0, 1, 12).view(-1, 1, 1, 1)
+    red, blue = (torch.tensor(colour).view(1, 3, 1, 1) for colour in ((240.0, 30, 20), (20.0, 60, 220)))
+    shade = torch.linspace(0.5, 1, 64).view(1, 1, 8, 8)
+    frames = [image_grid(frame[None].to(torch.uint8), columns=1) for frame in (red + ramp * (blue - red)) * shade]
+    walk = frames + frames[-2:0:-1]
+    save_gif(walk, tmp_path / "walk.gif")
+    film = Image.open(tmp_path / "walk.gif")
+    for i in range(film.n_frames):
+        film.seek(i)
+        difference = np.asarray(film.convert("RGB")).astype(int) - np.asarray(walk[i])
+        assert np.abs(difference).mean() < 12, i
+
+
+def test_the_timing_of_a_gif(tmp_path):
+    def durations(seconds, hold, count=3):
+        ramp = torch.arange(0, 192, 3, dtype=torch.uint8).view(1, 1, 8, 8).expand(1, 3, -1, -1)
+        # In one palette, but not the same, or Pillow would merge them.
+        frames = [image_grid(ramp.roll(turn, dims=-1), columns=1) for turn in range(count)]
+        save_gif(frames, tmp_path / "a.gif", seconds=seconds, hold=hold)
+        film, found = Image.open(tmp_path / "a.gif"), []
+        assert film.info["loop"] == 0
+        for i in range(film.n_frames):
+            film.seek(i)
+            found.append(film.info["duration"])
+        return found
+
+    assert durations(0.6, 1.0) == [200, 200, 1200]
+    assert durations(0.001, 0.0) == [20, 20, 20]  # browsers slow down what is below
+    assert durations(4.0, 2.0, count=2) == [2000, 4000] and len(durations(4.0, 2.0, count=1)) == 1

@@ -1,4 +1,6 @@
-"""Diffusion on the latents of an autoencoder: the codec itself, and every script with it."""
+"""Diffusion in the latents of an autoencoder: the space itself, and every command with it."""
+
+from __future__ import annotations
 
 import shutil
 from pathlib import Path
@@ -12,14 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 import evaluate
 import generate
 import train
-from augmentation import augment
-from checkpoint import CheckpointError, load_checkpoint, load_codec, load_model, newest_checkpoint, save_checkpoint
-from dataset import ImageFolder
 from forward_diffusion import NoiseScheduler
-from latents import Autoencoder, AutoencoderConfig, Pixels, make_codec
-from reverse_diffusion import sample, sample_seeds
+from models.autoencoder import Autoencoder, AutoencoderConfig
+from models.pipeline import Pipeline, load_space, newest_checkpoint
+from models.space import LatentSpace, PixelSpace, space_from_state
+from reverse_diffusion import SAMPLERS, sample
 from scripts import FEW_STEPS, TINY, assert_one_line, assert_same_run, call, pictures, same
+from training.dataset import ImageFolder
+from training.run_images import plain_batches
 from unet import UNet, UNetConfig
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 CPU = torch.device("cpu")
@@ -33,7 +37,7 @@ def weights(trained_autoencoder) -> Path:
 
 @pytest.fixture(scope="module")
 def trained_on_latents(weights, tmp_path_factory) -> Path:
-    """The folder in which a tiny model of latents was trained. Not to be written to."""
+    """Return a folder in which a tiny model of latents was trained. Not to be written to."""
     folder = tmp_path_factory.mktemp("trained_on_latents")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -52,69 +56,51 @@ def dataset() -> ImageFolder:
     return ImageFolder.from_array(images)
 
 
+@pytest.fixture
+def space(weights, dataset) -> LatentSpace:
+    """The space of the trained autoencoder, measured on the data set."""
+    space = load_space(weights)
+    space.measure(plain_batches(dataset), "fp32")
+    return space
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# the codec
+# the space
 
 
-def test_latents_are_normalised_and_within_the_limit(weights, dataset, capsys):
-    codec = load_codec(weights)
-    codec.measure(dataset, "fp32")
-    assert "4 x 4 x 4 for 3 x 16 x 16" in capsys.readouterr().out
-    x_0 = codec.encode(dataset.images / 127.5 - 1)
+def test_latents_are_normalised_and_within_their_range(space, dataset):
+    x_0 = space.encode(dataset.images / 127.5 - 1)
     assert x_0.mean(dim=(0, 2, 3)).abs().max() < 1e-5
     assert x_0.std(dim=(0, 2, 3)).tolist() == pytest.approx([1] * 4, rel=1e-4)
-    assert x_0.abs().max().item() == pytest.approx(codec.limit, rel=1e-5) and codec.limit > 1
+    assert x_0.abs().max().item() == pytest.approx(space.latent_range, rel=1e-5) and space.latent_range > 1
 
 
-def test_what_is_saved_builds_the_same_codec(weights, dataset):
-    codec = load_codec(weights)
-    codec.measure(dataset, "fp32")
-    again = make_codec(codec.saved())
+def test_measuring_announces_the_size_and_the_psnr(weights, dataset, capsys):
+    space = load_space(weights)
+    train.measure_latents(space, train.Config(image_size=16), plain_batches(dataset), "fp32")
     images = dataset.images / 127.5 - 1
-    assert again.encode(images).equal(codec.encode(images)) and again.limit == codec.limit
-    assert again.decode(codec.encode(images)).equal(codec.decode(codec.encode(images)))
-    assert again.fingerprint() == codec.fingerprint() != Autoencoder(codec.config).fingerprint()
-    assert isinstance(make_codec(None), Pixels)
+    db = -10 * ((space.decode(space.encode(images)) - images) / 2).square().mean(dim=(1, 2, 3)).log10().mean()
+    assert f"4 x 4 x 4 for 3 x 16 x 16; reconstructions have a PSNR of {db:.1f} dB" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("mode", ["none", "flip", "full"])
-def test_latents_that_are_kept_are_those_of_the_augmented_pictures(weights, dataset, mode):
-    codec = load_codec(weights)
-    codec.measure(dataset, "fp32")
-    prepared, to_x_0 = codec.prepare(dataset, mode, "fp32")
-    assert (prepared is dataset) == (mode == "full") and len(prepared) == 10 and dataset.images.dtype == torch.uint8
-    chosen, u = [7, 2, 2, 9], torch.rand(4, 8, generator=torch.Generator().manual_seed(1))
-    u[:, 0] = torch.tensor([0.2, 0.7, 0.2, 0.7])  # picture 2 as it is, and mirrored
-    x_0, told = to_x_0(prepared.__getitems__(chosen)[0], u)
-    x, its_told = augment(dataset.images[chosen], mode=mode, u=u)
-    assert told.equal(its_told)
-    assert torch.allclose(x_0, codec.encode(x), atol=1e-5)
-    if mode == "flip":
-        assert not x_0[1].equal(x_0[2])
+def test_a_space_is_rebuilt_from_its_state(space, dataset):
+    again = space_from_state(space.state())
+    images = dataset.images / 127.5 - 1
+    assert again.encode(images).equal(space.encode(images)) and again.latent_range == space.latent_range
+    assert again.decode(space.encode(images)).equal(space.decode(space.encode(images)))
+    other = LatentSpace(Autoencoder(space.autoencoder.config))
+    assert again.fingerprint() == space.fingerprint() != other.fingerprint()
+    assert isinstance(space_from_state(None), PixelSpace)
 
 
-def test_pictures_that_are_not_in_memory_are_encoded_as_they_come(weights):
-    Path("mine").mkdir()
-    for i in range(3):
-        Image.new("RGB", (20, 20), (80 * i, 0, 0)).save(f"mine/{i}.png")
-    on_disk, codec = ImageFolder("mine", 16, memory_limit=0), load_codec(weights)
-    codec.measure(on_disk, "fp32")
-    prepared, to_x_0 = codec.prepare(on_disk, "flip", "fp32")
-    assert prepared is on_disk
-    images = prepared.__getitems__([1, 2])[0]
-    x_0, _ = to_x_0(images, torch.ones(2, 8))
-    assert torch.allclose(x_0, codec.encode(images / 127.5 - 1), atol=1e-6)
-
-
-def test_the_samplers_work_in_the_codecs_space(weights, dataset):
-    """A network that knows one latent leads to that latent's picture, whatever the sampler."""
-    codec = load_codec(weights)
-    codec.measure(dataset, "fp32")
-    x_0 = codec.encode(dataset.images[:1] / 127.5 - 1)
-    for sampler in ("ddpm", "ddim", "dpm++", "sde-dpm++"):
-        images = sample_seeds(lambda x_t, t: x_0.expand_as(x_t), NoiseScheduler(50), [3, 4], 16, CPU, "fp32",
-                              codec=codec, sampler=sampler, steps=5, prediction="x0")
-        assert torch.allclose(images, codec.decode(x_0).expand(2, -1, -1, -1), atol=1e-5)
+def test_the_samplers_work_in_latent_space(space, dataset):
+    """A network that knows one latent leads to that latent's image, with any sampler."""
+    x_0 = space.encode(dataset.images[:1] / 127.5 - 1)
+    pipeline = Pipeline(lambda x_t, t: x_0.expand_as(x_t), NoiseScheduler(50), space,
+                        dict(image_size=16, prediction="x0"), (), CPU, "fp32")
+    for sampler in SAMPLERS:
+        images = pipeline.sample([3, 4], sampler=sampler, steps=5)
+        assert torch.allclose(images, space.decode(x_0).expand(2, -1, -1, -1), atol=1e-5)
 
 
 def test_clip_can_be_a_number():
@@ -126,41 +112,42 @@ def test_clip_can_be_a_number():
 
 
 def test_a_sample_at_256_costs_less_than_an_eighth():
-    """Of what one costs in pixels with the same widths, in 50 steps, decoding included; counted without computing."""
-    def flop(make_codec) -> int:
+    """Of its cost in pixels with the same widths, in 50 steps, decoding included; counted without computing."""
+    def flop(make_space) -> int:
         with torch.device("meta"):
-            codec = make_codec()
-            model = UNet(UNetConfig(channels=codec.channels))
-            x_t, t = torch.empty(1, *codec.shape(256)), torch.zeros(1, dtype=torch.long)
+            space = make_space()
+            net = UNet(UNetConfig(channels=space.channels))
+            x_t, t = torch.empty(1, *space.shape(256)), torch.zeros(1, dtype=torch.long)
             with FlopCounterMode(display=False) as step:
-                model(x_t, t)
+                net(x_t, t)
             with FlopCounterMode(display=False) as decoding:
-                assert codec.decode(x_t).shape == (1, 3, 256, 256)
+                assert space.decode(x_t).shape == (1, 3, 256, 256)
         return 50 * step.get_total_flops() + decoding.get_total_flops()
 
-    assert 16 * flop(Autoencoder) < 1.01 * flop(Pixels)  # a sixteenth, and the decoder, less what attention saves
+    in_latents = flop(lambda: LatentSpace(Autoencoder()))
+    assert 16 * in_latents < 1.01 * flop(PixelSpace)  # a sixteenth, and the decoder, less what attention saves
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# the scripts
+# the commands
 
 
-def test_generate_needs_the_one_checkpoint_only(final):
+def test_generate_needs_no_file_but_the_checkpoint(final):
     shutil.copy(final, "model.pt")
     assert call(generate, "--checkpoint", "model.pt", *FEW_STEPS, "--num_images", 5, "--individual") == 0
-    found = pictures("outputs/generated")
-    assert len(found) == 5 and all(picture.shape == (16, 16, 3) for picture in found.values())
-    assert len(np.unique([picture.tobytes() for picture in found.values()])) == 5
-    for batch_size in (1, 3):  # a seed is its picture in any batch, decoding included
+    drawn = pictures("outputs/generated")
+    assert len(drawn) == 5 and all(image.shape == (16, 16, 3) for image in drawn.values())
+    assert len(np.unique([image.tobytes() for image in drawn.values()])) == 5
+    for batch_size in (1, 3):  # a seed gives the same image in any batch, decoding included
         flags = ["--num_images", 5, "--batch_size", batch_size, "--individual", "--output", f"by_{batch_size}.png"]
         assert call(generate, "--checkpoint", "model.pt", *FEW_STEPS, *flags) == 0
         again = pictures(f"by_{batch_size}")
-        assert all(np.array_equal(again[name], picture) for name, picture in found.items())
+        assert all(np.array_equal(again[name], image) for name, image in drawn.items())
 
 
-def test_generate_can_do_all_it_can(final):
+def test_every_mode_of_generate(final):
     content, generator = load_checkpoint(final), torch.Generator().manual_seed(3)
-    for weight in content["ema"].values():  # so that its answer depends on all that it is given
+    for weight in content["ema"].values():  # so that the output depends on all inputs
         weight.normal_(std=0.15, generator=generator)
     save_checkpoint("loud.pt", **content)
     final = "loud.pt"
@@ -170,16 +157,16 @@ def test_generate_can_do_all_it_can(final):
         return np.asarray(Image.open("outputs/generated.png")).astype(int)
 
     plain = draw("--sampler", "ddim", "--gif")
-    film = Image.open("outputs/generated.gif")
-    assert film.n_frames == 3 and film.size == plain.shape[1::-1]
+    animation = Image.open("outputs/generated.gif")
+    assert animation.n_frames == 3 and animation.size == plain.shape[1::-1]
     assert not np.array_equal(plain, draw("--sampler", "ddim", "--types", "fire", "--guidance", 2))
     walk = draw("--interpolate", 0, 2, "--sampler", "ddim")
-    assert np.abs(walk[2:18, 2:18] - plain[2:18, 2:18]).max() <= 1  # it begins at the picture of seed 0
+    assert np.abs(walk[2:18, 2:18] - plain[2:18, 2:18]).max() <= 1  # it begins at the image of seed 0
 
-    codec = load_model(final)[2]
+    space = Pipeline.load(final).space
     Image.fromarray(np.tile(np.linspace(0, 255, 16).astype(np.uint8)[:, None, None], (1, 16, 3))).save("ramp.png")
     ramp = torch.from_numpy(np.asarray(Image.open("ramp.png")).astype(np.float32).transpose(2, 0, 1)[None]) / 127.5 - 1
-    back = ((codec.decode(codec.encode(ramp))[0] + 1) * 127.5).permute(1, 2, 0).numpy()
+    back = ((space.decode(space.encode(ramp))[0] + 1) * 127.5).permute(1, 2, 0).numpy()
     near = draw("--init_image", "ramp.png", "--strength", 0.02, "--sampler", "ddim")[2:18, 2:18]
     far = draw("--init_image", "ramp.png", "--strength", 1, "--sampler", "ddim")[2:18, 2:18]
     assert np.abs(near - back).mean() < 15 and np.abs(near - back).mean() < np.abs(far - back).mean()
@@ -189,27 +176,27 @@ def test_evaluate(final, capsys):
     flags = ["--num_samples", 50, "--steps", 2, "--num_likelihood", 4, "--likelihood_steps", 2, "--device", "cpu"]
     assert call(evaluate, "--checkpoint", final, *flags) == 0
     text = Path("outputs/evaluation/report.html").read_text()
-    assert "bits, unseen" in capsys.readouterr().out and "those of latents" in text
+    assert "bits, held out" in capsys.readouterr().out and "per latent value" in text
 
 
 def test_a_resumed_training_is_the_same(weights, trained_on_latents):
     shutil.copy(weights, "autoencoder.pt")
     assert call(train, *FLIP, "--autoencoder", "autoencoder.pt", "--max_steps", 2) == 0
-    Path("autoencoder.pt").unlink()  # it travels in the checkpoint
+    Path("autoencoder.pt").unlink()  # the checkpoint contains it
     assert call(train, "--resume", "--max_steps", 0) == 0
     ours, theirs = (load_checkpoint(folder / "checkpoints/latest.pt") for folder in (Path(), trained_on_latents))
     theirs["config"]["autoencoder"] = ours["config"]["autoencoder"]
     assert_same_run(ours, theirs)
 
 
-def test_pictures_encoded_as_they_come_and_parts_of_a_batch(weights):
-    found = {}
+def test_images_encoded_as_they_come_and_parts_of_a_batch(weights):
+    networks = {}
     for parts in (1, 2):
         flags = ["--run_name", f"in_{parts}", "--grad_accum", parts, "--max_steps", 2, "--augment", "full"]
         assert call(train, *TINY, "--autoencoder", weights, *flags) == 0
-        found[parts] = load_checkpoint(f"checkpoints/in_{parts}/latest.pt")["ema"]
-    for name, ours in found[1].items():
-        assert torch.allclose(ours, found[2][name], atol=1e-5), name
+        networks[parts] = load_checkpoint(f"checkpoints/in_{parts}/latest.pt")["ema"]
+    for name, ours in networks[1].items():
+        assert torch.allclose(ours, networks[2][name], atol=1e-5), name
 
 
 def test_the_autoencoder_of_a_model_can_be_used_again(final, trained_on_latents):
@@ -243,20 +230,20 @@ def test_a_latent_model_with_an_autoencoder_that_does_not_fit(final, capsys):
         assert_one_line(call(generate, "--checkpoint", "odd.pt", *FEW_STEPS), capsys, "odd.pt")
 
 
-def test_files_that_are_something_else(weights, final, trained, capsys):
+def test_checkpoints_of_another_kind(weights, final, trained, capsys):
     pixels = trained / "checkpoints/final_model.pt"
     assert_one_line(call(train, *TINY, "--autoencoder", pixels), capsys, "no autoencoder", str(pixels))
-    assert_one_line(call(train, *TINY, "--autoencoder", "none.pt"), capsys, "none.pt", "autoencoder.py")
+    assert_one_line(call(train, *TINY, "--autoencoder", "none.pt"), capsys, "none.pt", "tools.train_autoencoder")
     for script in (generate, evaluate):
         assert_one_line(call(script, "--checkpoint", weights), capsys, "no diffusion model", str(weights))
     line = call(train, *FLIP, "--init", pixels, "--autoencoder", weights)
     capsys.readouterr()
-    assert_one_line(line, capsys, "--init", "its autoencoder")
+    assert_one_line(line, capsys, "--init", "differs in its size and autoencoder")
     size = [*TINY, "--image_size", 20, "--autoencoder", weights]
     assert_one_line(call(train, *size), capsys, "multiple of 8", "20")
 
 
-def test_the_newest_checkpoint_is_no_autoencoder(weights, final):
+def test_the_newest_checkpoint_is_not_an_autoencoder(weights, final):
     Path("checkpoints").mkdir()
     shutil.copy(final, "checkpoints/model.pt")
     shutil.copy(weights, "checkpoints/newer.pt")
@@ -264,5 +251,5 @@ def test_the_newest_checkpoint_is_no_autoencoder(weights, final):
     Path("checkpoints/model.pt").unlink()
     with pytest.raises(CheckpointError, match="no checkpoint"):
         newest_checkpoint()
-    Path("checkpoints/damaged.pt").write_bytes(b"x")  # which is for its reader to say
+    Path("checkpoints/damaged.pt").write_bytes(b"x")  # the reader of it will say so
     assert newest_checkpoint() == Path("checkpoints/damaged.pt")

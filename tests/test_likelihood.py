@@ -1,19 +1,19 @@
-"""The bound, on pixels that are Gaussian: there the best network, each term and the entropy are known exactly."""
+"""The variational bound on Gaussian pixels, for which the best network, each term and the entropy are known exactly."""
 
 import math
 
 import pytest
 import torch
 
-import likelihood
+from evaluation import likelihood
+from evaluation.likelihood import Bound, generalisation_gap, log_likelihood_of_levels, variational_bound
 from forward_diffusion import NoiseScheduler
-from likelihood import Bound, gap, log_likelihood_of_levels, variational_bound
 
 STD = 0.25  # 32 of the 256 levels, and 4 deviations from the middle to either end
 ENTROPY = 0.5 * math.log2(2 * math.pi * math.e * STD**2) + math.log2(127.5)  # of the rounded values, in bits
 
 
-def gaussian_pictures(n: int = 64, side: int = 16) -> torch.Tensor:
+def gaussian_images(n: int = 64, side: int = 16) -> torch.Tensor:
     x = STD * torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0))
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
@@ -50,7 +50,7 @@ def closed_form(scheduler: NoiseScheduler) -> float:
 
 def bound_of(scheduler: NoiseScheduler, prediction: str = "v", n: int = 32, **options) -> Bound:
     model = exact(scheduler, prediction)
-    return variational_bound(model, scheduler, gaussian_pictures(n), prediction=prediction, clip=False, **options)
+    return variational_bound(model, scheduler, gaussian_images(n), prediction=prediction, clip=False, **options)
 
 
 @pytest.mark.parametrize("schedule, prediction", [("linear", "eps"), ("linear", "x0"), ("cosine", "v")])
@@ -86,9 +86,9 @@ def test_the_estimate_agrees_with_the_sum_over_every_timestep_and_knows_its_own_
     assert 0.5 < bound_of(scheduler, n=16, num_timesteps=10).stderr / error < 2  # the data, too, vary a little
 
 
-def test_a_wrong_predictor_costs_bits_and_a_batch_changes_nothing():
+def test_a_wrong_predictor_costs_bits_and_the_batch_size_changes_nothing():
     scheduler = NoiseScheduler(100, 1e-3, 0.2)
-    model, images = exact(scheduler, "x0"), gaussian_pictures(6)
+    model, images = exact(scheduler, "x0"), gaussian_images(6)
     options = dict(prediction="x0", num_timesteps=8, clip=False)
     right = variational_bound(model, scheduler, images, batch_size=64, **options)
     again = variational_bound(model, scheduler, images, batch_size=7, **options)
@@ -97,17 +97,17 @@ def test_a_wrong_predictor_costs_bits_and_a_batch_changes_nothing():
     assert (wrong.bits > right.bits + 0.05).all()
 
 
-def test_types_reach_the_model_with_their_own_picture():
-    scheduler, images = NoiseScheduler(50), gaussian_pictures(3)
-    types = torch.eye(3)
+def test_labels_reach_the_model_with_their_own_image():
+    scheduler, images = NoiseScheduler(50), gaussian_images(3)
+    labels = torch.eye(3)
     truth = images.float() / 127.5 - 1
 
-    def model(x_t, t, told):
-        return truth[told.argmax(dim=1)]
+    def model(x_t, t, labels):
+        return truth[labels.argmax(dim=1)]
 
-    knows = variational_bound(model, scheduler, images, types=types, prediction="x0", num_timesteps=4)
-    misled = variational_bound(model, scheduler, images, types=types.roll(1, 0), prediction="x0", num_timesteps=4)
-    assert misled.bits.min() > knows.bits.max() + 1
+    right = variational_bound(model, scheduler, images, labels=labels, prediction="x0", num_timesteps=4)
+    wrong = variational_bound(model, scheduler, images, labels=labels.roll(1, 0), prediction="x0", num_timesteps=4)
+    assert wrong.bits.min() > right.bits.max() + 1
 
 
 def test_the_levels_have_probabilities_that_add_up_to_one():
@@ -118,39 +118,39 @@ def test_the_levels_have_probabilities_that_add_up_to_one():
             assert log_p.isfinite().all() and log_p.exp().sum().item() == pytest.approx(1, abs=1e-9)
 
 
-def test_the_gap_finds_what_is_planted_and_detail_makes_it_sharper():
+def test_the_gap_is_found_and_correction_for_detail_makes_it_more_precise():
     generator = torch.Generator().manual_seed(0)
     detail = [2 + torch.rand(n, generator=generator) for n in (300, 60)]
     bits = [x + 0.01 * torch.randn(len(x), generator=generator) for x in detail]
     bits[1] = bits[1] + 0.05
     seen, unseen = [Bound(x.double(), torch.zeros(len(x), 1), torch.zeros(len(x)), [(1, 9)]) for x in bits]
-    plain, plain_error = gap(seen, unseen)
-    sharp, sharp_error = gap(seen, unseen, tuple(detail))
+    plain, plain_error = generalisation_gap(seen, unseen)
+    corrected, corrected_error = generalisation_gap(seen, unseen, tuple(detail))
     assert abs(plain - 0.05) < 4 * plain_error
-    assert abs(sharp - 0.05) < 4 * sharp_error and sharp_error < plain_error / 10
+    assert abs(corrected - 0.05) < 4 * corrected_error and corrected_error < plain_error / 10
 
 
 def test_unknown_choices_are_refused():
-    scheduler, images = NoiseScheduler(10), gaussian_pictures(1)
+    scheduler, images = NoiseScheduler(10), gaussian_images(1)
     with pytest.raises(ValueError, match="variance"):
         variational_bound(exact(scheduler, "v"), scheduler, images, variance="learned")
     with pytest.raises(ValueError, match="at least 1"):
         variational_bound(exact(scheduler, "v"), scheduler, images, num_timesteps=0)
 
 
-def test_numbers_of_another_range_are_in_levels_of_that_range():
-    """With a network that answers 0 every term has a closed form: here for numbers within 3 instead of 1."""
-    scheduler, limit = NoiseScheduler(50), 3.0
+def test_values_of_another_range_have_256_levels_in_that_range():
+    """For a network that predicts 0 every term has a closed form; the range here is -3 ... 3."""
+    scheduler, latent_range = NoiseScheduler(50), 3.0
     images = torch.randint(126, 130, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     bound = variational_bound(lambda x_t, t: torch.zeros_like(x_t), scheduler, images, prediction="x0",
-                              num_timesteps=None, limit=limit)
-    x_0, in_bits = limit * (images.double() / 127.5 - 1), 1 / (images[0].numel() * math.log(2))
+                              num_timesteps=None, latent_range=latent_range)
+    x_0, nats_to_bits = latent_range * (images.double() / 127.5 - 1), 1 / (images[0].numel() * math.log(2))
     constant, weight, std = likelihood._coefficients(scheduler, "beta")
     steps = constant[1:] * images[0].numel() + weight[1:] * x_0.square().sum(dim=(1, 2, 3))[:, None]
-    assert torch.allclose(bound.steps, steps * in_bits, rtol=1e-5)
+    assert torch.allclose(bound.steps, steps * nats_to_bits, rtol=1e-5)
     below = torch.special.ndtr  # in the lower tail, where it is exact
-    mass = below((limit / 255 - x_0.abs()) / std) - below((-limit / 255 - x_0.abs()) / std)
-    assert torch.allclose(bound.decoder, -mass.log().sum(dim=(1, 2, 3)) * in_bits, rtol=1e-6)
+    mass = below((latent_range / 255 - x_0.abs()) / std) - below((-latent_range / 255 - x_0.abs()) / std)
+    assert torch.allclose(bound.decoder, -mass.log().sum(dim=(1, 2, 3)) * nats_to_bits, rtol=1e-6)
     abar = scheduler.alpha_bar(49)
     prior = 0.5 * (abar * x_0**2 - abar - math.log(1 - abar)).sum(dim=(1, 2, 3))
-    assert torch.allclose(bound.prior, prior * in_bits, rtol=1e-6)
+    assert torch.allclose(bound.prior, prior * nats_to_bits, rtol=1e-6)

@@ -1,19 +1,25 @@
-"""A training that stops, for whatever reason, goes on as though it had not; and takes the place of no other."""
+"""A training that stops, for whatever reason, resumes as if it had not; and none overwrites another."""
+
+from __future__ import annotations
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-import denoising
+import generate
 import train
-from checkpoint import load_checkpoint
-from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
+from scripts import FEW_STEPS, ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
+from training import loss
+from training.step import learning_rate
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -25,9 +31,9 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 def test_a_resumed_run_is_the_uninterrupted_one(trained, more):
     if more:
         assert call(train, *TINY, *more, "--run_name", "whole") == 0
-        whole, its_outputs = load_checkpoint("checkpoints/whole/latest.pt"), Path("outputs/whole")
+        whole, whole_outputs = load_checkpoint("checkpoints/whole/latest.pt"), Path("outputs/whole")
     else:
-        whole, its_outputs = load_checkpoint(trained / "checkpoints/latest.pt"), trained / "outputs"
+        whole, whole_outputs = load_checkpoint(trained / "checkpoints/latest.pt"), trained / "outputs"
     assert call(train, *TINY, *more, "--max_steps", 3) == 0  # in the middle of the second epoch
     assert load_checkpoint("checkpoints/latest.pt")["step"] == 3
     assert call(train, "--resume", "--max_steps", 0) == 0
@@ -35,7 +41,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(trained, more):
     assert [float(row["loss"]) for row in metrics()] == [row["loss"] for row in whole["history"]]
     assert same(load_checkpoint("checkpoints/final_model.pt")["ema"], whole["ema"])
     for name in ("metrics.csv", "generated_epoch_0003.png"):
-        assert Path("outputs", name).read_bytes() == (its_outputs / name).read_bytes()
+        assert Path("outputs", name).read_bytes() == (whole_outputs / name).read_bytes()
 
 
 def test_a_grid_that_a_kill_prevented_is_drawn_on_resume(trained):
@@ -46,15 +52,27 @@ def test_a_grid_that_a_kill_prevented_is_drawn_on_resume(trained):
         assert Path("outputs", name).read_bytes() == (trained / "outputs" / name).read_bytes()
 
 
-def test_a_run_can_be_made_longer(trained):
+def test_a_run_can_be_made_longer(trained, capsys):
     assert call(train, *TINY, "--epochs", 2) == 0
     assert call(train, "--resume", "--epochs", 3) == 0
     assert_same_run(load_checkpoint("checkpoints/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_more_epochs_under_a_cosine_schedule_are_warned_of_with_both_rates(capsys):
+    assert call(train, *TINY, "--lr_schedule", "cosine", "--lr", 1e-3) == 0
+    assert call(train, "--resume", "--epochs", 3) == 0  # the same number is no change
+    assert "warning" not in capsys.readouterr().err
+    assert call(train, "--resume", "--epochs", 9, "--max_steps", 7) == 0
+    printed = capsys.readouterr().err
+    config = train.Config(lr=1e-3, lr_schedule="cosine")
+    assert f"jumps from {learning_rate(config, 6, 6):.2g} to {learning_rate(config, 6, 18):.2g}" in printed
+    assert "warning: --epochs 9 instead of 3" in printed
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, capsys, number, code):
-    calls, draw = [], denoising.draw_timesteps
+def test_a_signal_saves_and_the_run_resumes_from_there(trained, monkeypatch, capsys, number, code):
+    calls, draw = [], loss.draw_timesteps
 
     def draw_and_interrupt(*args):
         calls.append(args)
@@ -62,9 +80,10 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(trained, monkeypatch, cap
             signal.raise_signal(number)
         return draw(*args)
 
-    monkeypatch.setattr(denoising, "draw_timesteps", draw_and_interrupt)
+    monkeypatch.setattr(loss, "draw_timesteps", draw_and_interrupt)
     assert call(train, *TINY, "--run_name", "mine") == code
-    assert "stopped at step 3 of 6" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "stopped at step 3 of 6" in printed and "python train.py --resume --run_name mine" in printed
     assert call(train, "--resume", "--run_name", "mine") == 0
     assert len(calls) == 6  # no step was made twice
     assert_same_run(load_checkpoint("checkpoints/mine/latest.pt"), load_checkpoint(trained / "checkpoints/latest.pt"))
@@ -91,12 +110,17 @@ def test_ctrl_c_on_the_real_command():
     assert load_checkpoint("checkpoints/final_model.pt")["step"] == step + 1
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# what is refused
+
+
 def test_resume_refuses_another_configuration(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     before = Path("checkpoints/latest.pt").read_bytes()
-    for flags in ["--lr", "0.5"], ["--width", "16"], ["--multipliers", "1", "2", "2"], ["--seed", "1"]:
+    for flags in ["--lr", "0.5"], ["--width", "16"], ["--multipliers", "1", "2", "2"], ["--seed", "1"], [
+            "--data_seed", "1"]:
         assert_one_line(call(train, "--resume", *flags), capsys, flags[0])
-    assert call(train, "--resume", "--lr", "1e-4", "--multipliers", 1, 2) == 0  # what the run has may be said again
+    assert call(train, "--resume", "--lr", "1e-4", "--multipliers", 1, 2) == 0  # what the run has may be repeated
     assert "nothing to do" in capsys.readouterr().out
     assert Path("checkpoints/latest.pt").read_bytes() == before
 
@@ -118,7 +142,7 @@ def test_resume_refuses_a_folder_with_other_images():
     assert code.startswith("error: ") and "2 usable images" in code and "had 3" in code
 
 
-def test_resuming_a_finished_run_writes_the_final_model_that_a_kill_prevented(capsys):
+def test_resuming_a_finished_run_writes_the_final_model_that_a_kill_prevented():
     assert call(train, *TINY, "--epochs", 1) == 0
     Path("checkpoints/final_model.pt").unlink()
     assert call(train, "--resume") == 0
@@ -130,3 +154,77 @@ def test_resume_refuses_a_file_that_is_not_for_resuming(trained, capsys):
     Path("checkpoints").mkdir()
     Path("checkpoints/latest.pt").write_bytes((trained / "checkpoints/final_model.pt").read_bytes())
     assert_one_line(call(train, "--resume", "--epochs", 4), capsys, "latest.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# checkpoints of other versions
+
+
+def rewrite(path: str, change: Callable[[dict], object]) -> None:
+    """Change the content of a checkpoint."""
+    content = load_checkpoint(path)
+    del content["format"]
+    change(content)
+    save_checkpoint(path, **content)
+
+
+def test_a_setting_that_an_older_run_does_not_have_takes_its_default(trained):
+    assert call(train, *TINY, "--max_steps", 3) == 0
+    rewrite("checkpoints/latest.pt", lambda content: [content["config"].pop(name) for name in ("milestones", "workers")])
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    content = load_checkpoint("checkpoints/latest.pt")
+    assert (content["config"]["milestones"], content["config"]["workers"]) == ((), -1)
+    assert_same_run(content, load_checkpoint(trained / "checkpoints/latest.pt"))
+
+
+def test_a_setting_that_took_its_default_cannot_be_changed_either(capsys):
+    assert call(train, *TINY, "--max_steps", 3) == 0
+    rewrite("checkpoints/latest.pt", lambda content: content["config"].pop("clip_grad"))
+    capsys.readouterr()
+    assert_one_line(call(train, "--resume", "--clip_grad", 0.5), capsys, "--clip_grad 1.0", "leave these flags out")
+
+
+def test_resume_refuses_a_setting_that_it_does_not_know(capsys):
+    assert call(train, *TINY, "--max_steps", 1) == 0
+    rewrite("checkpoints/latest.pt", lambda content: content["config"].update(depth=3, heads=2))
+    capsys.readouterr()
+    before = Path("checkpoints/latest.pt").read_bytes()
+    assert_one_line(call(train, "--resume", "--epochs", 4), capsys, "checkpoints/latest.pt", "depth, heads")
+    assert Path("checkpoints/latest.pt").read_bytes() == before
+
+
+def test_resume_refuses_a_choice_that_is_gone(capsys):
+    """"untold" augmented without telling the network; such a checkpoint can still be drawn from."""
+    assert call(train, *TINY, "--max_steps", 1) == 0
+    rewrite("checkpoints/latest.pt", lambda content: content["config"].update(augment="untold"))
+    capsys.readouterr()
+    assert_one_line(call(train, "--resume", "--max_steps", 0), capsys, "--augment untold", "full, flip, none")
+    assert call(generate, "--checkpoint", "checkpoints/latest.pt", *FEW_STEPS, "--num_images", 1) == 0
+
+
+def to_old_format(content: dict) -> None:
+    """Turn the content of a checkpoint into that of the version before `network`, `stats` and --data_seed."""
+    assert content["network"].pop("kind") == "unet"
+    content["unet"] = content.pop("network")["config"]
+    if "stats" in content:
+        content["tally"] = torch.tensor(list(content.pop("stats").values()))
+    del content["config"]["data_seed"]
+    content["config"]["compile"] = "auto"
+
+
+def test_checkpoints_of_the_old_format_resume_and_draw():
+    """Their critters were drawn from the training's own seed."""
+    flags = [*TINY, "--seed", 5, "--data_seed", 5, "--dropout", 0.1]
+    assert call(train, *flags, "--run_name", "whole") == 0
+    whole = load_checkpoint("checkpoints/whole/latest.pt")
+    assert call(train, *flags, "--max_steps", 3) == 0
+    for name in ("latest.pt", "final_model.pt"):
+        rewrite(f"checkpoints/{name}", to_old_format)
+    plain = torch.load("checkpoints/latest.pt", weights_only=True)
+    assert plain["tally"].shape == (4,) and not {"network", "stats"} & plain.keys()
+
+    assert call(generate, "--checkpoint", "checkpoints/final_model.pt", *FEW_STEPS, "--num_images", 1) == 0
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    content = load_checkpoint("checkpoints/latest.pt")
+    assert content["config"]["data_seed"] == 5 and content["config"]["compile"] == "off"
+    assert_same_run(content, whole)

@@ -1,36 +1,39 @@
-"""train.py as people use it: through its command line, in a folder of their own.
+"""train.py through its command line, in a folder of its own.
 
 The tests call main() in this process, since a new one takes seconds to import torch. test_bad_input.py and
 test_resume.py start the real command.
 """
+
+from __future__ import annotations
 
 import json
 import os
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import denoising
 import generate
-import runs
 import train
-import training_step
 import unet
-from checkpoint import load_checkpoint
 from forward_diffusion import NoiseScheduler
-from reverse_diffusion import sample_seeds
+from models.pipeline import Pipeline
+from models.space import PixelSpace
 from scripts import TINY, assert_one_line, assert_same_run, call, metrics, pictures
+from training import loop, loss
+from training.step import learning_rate
 from unet import UNetConfig
+from utils.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
+def test_a_run_writes_grids_loss_curve_metrics_and_weights(trained, monkeypatch):
     monkeypatch.chdir(trained)
     grids = [f"generated_epoch_000{i}.png" for i in (1, 2, 3)]
     assert sorted(os.listdir("outputs")) == ["cost.json", *grids, "loss.png", "metrics.csv"]
@@ -44,15 +47,15 @@ def test_a_run_leaves_its_grids_curve_numbers_and_weights(trained, monkeypatch):
     assert load_checkpoint("checkpoints/final_model.pt")["step"] == 6
 
 
-def test_the_first_loss_is_that_of_the_answer_zero():
-    """A new network answers 0, so its loss for eps is the mean square of the noise: 1, give or take 0.026 x 3.5."""
+def test_the_first_loss_is_that_of_predicting_zero():
+    """A new network outputs 0, so its loss for eps is the mean square of the noise: 1, within 0.026 x 3.5."""
     assert call(train, *TINY, "--num_critters", 4, "--image_size", 16, "--epochs", 1) == 0
     assert float(metrics()[0]["loss"]) == pytest.approx(1, abs=0.09)
 
 
-@pytest.mark.parametrize("prediction, epochs, allowance", [("v", 120, 25), ("x0", 60, 10)])
-def test_training_and_sampling_together_learn_a_colour(prediction, epochs, allowance):
-    """Four pictures of one colour: what is sampled must have it. Measured: within 15 levels of 255 for v, 3 for x0."""
+@pytest.mark.parametrize("prediction, epochs, tolerance", [("v", 120, 25), ("x0", 60, 10)])
+def test_training_and_sampling_learn_a_colour(prediction, epochs, tolerance):
+    """Samples of four images of one colour must have it. Measured: within 15 levels of 255 for v, 3 for x0."""
     colour = (230, 60, 140)
     Path("flat").mkdir()
     for i in range(4):
@@ -64,21 +67,32 @@ def test_training_and_sampling_together_learn_a_colour(prediction, epochs, allow
     for sampler in ("ddpm", "ddim"):
         assert call(generate, "--num_images", 8, "--sampler", sampler, "--steps", 50, "--device", "cpu", "--precision",
                     "fp32", "--individual", "--output", f"{sampler}.png") == 0
-        found = np.stack(list(pictures(sampler).values())).mean(axis=(0, 1, 2))
-        assert np.abs(found - colour).max() < allowance
+        drawn = np.stack(list(pictures(sampler).values())).mean(axis=(0, 1, 2))
+        assert np.abs(drawn - colour).max() < tolerance
 
 
-def test_the_same_seed_gives_the_same_run_and_another_does_not(trained):
-    for seed in (0, 1):
-        assert call(train, *TINY, "--seed", seed, "--run_name", f"seed{seed}") == 0
+def test_the_seed_decides_the_run_and_the_data_seed_the_critters(trained):
     theirs = load_checkpoint(trained / "checkpoints/latest.pt")
-    assert_same_run(load_checkpoint("checkpoints/seed0/latest.pt"), theirs)
-    other = load_checkpoint("checkpoints/seed1/latest.pt")["ema"]
-    assert not any(other[name].equal(theirs["ema"][name]) for name in other if name.endswith("conv_1.weight"))
-    assert Path("outputs/seed1/metrics.csv").exists()
+    for flag in ("--seed", "--data_seed"):
+        for seed in (0, 1) if flag == "--seed" else (1,):
+            assert call(train, *TINY, flag, seed, "--run_name", f"{flag[2:]}_{seed}") == 0
+    runs = {name: load_checkpoint(f"checkpoints/{name}/latest.pt") for name in ("seed_0", "seed_1", "data_seed_1")}
+    assert_same_run(runs["seed_0"], theirs)
+    assert Path("outputs/seed_1/metrics.csv").exists()
+
+    # Another seed: the same critters, other weights.
+    assert runs["seed_1"]["fingerprint"] == theirs["fingerprint"]
+    convolutions = [name for name in theirs["ema"] if name.endswith("conv_1.weight")]
+    assert not any(runs["seed_1"]["ema"][name].equal(theirs["ema"][name]) for name in convolutions)
+
+    # Other critters: the same weights, but for six steps on other images.
+    assert runs["data_seed_1"]["fingerprint"] != theirs["fingerprint"]
+    for name in convolutions:
+        ours, other = runs["data_seed_1"]["ema"][name], theirs["ema"][name]
+        assert torch.allclose(ours, other, atol=0.01) and not ours.equal(other)
 
 
-def test_the_average_follows_the_weights():
+def test_the_ema_follows_the_weights():
     assert call(train, *TINY, "--max_steps", 1) == 0
     first = load_checkpoint("checkpoints/latest.pt")
     assert call(train, "--resume", "--max_steps", 2) == 0
@@ -95,7 +109,7 @@ def test_the_average_follows_the_weights():
 @pytest.mark.parametrize("batch_size, num_timesteps", [(1, 10), (7, 10), (16, 1000), (50, 20)])
 def test_timesteps_are_uniform_and_spread_over_the_batch(batch_size, num_timesteps):
     generator, batches = torch.Generator().manual_seed(0), 10_000 // batch_size
-    t = torch.stack([denoising.draw_timesteps(batch_size, num_timesteps, generator) for _ in range(batches)])
+    t = torch.stack([loss.draw_timesteps(batch_size, num_timesteps, generator) for _ in range(batches)])
     assert t.dtype == torch.int64 and t.min() == 0 and t.max() == num_timesteps - 1
     part = torch.arange(batch_size)
     assert (t >= part * num_timesteps // batch_size).all()
@@ -107,27 +121,31 @@ def test_timesteps_are_uniform_and_spread_over_the_batch(batch_size, num_timeste
 
 def test_timesteps_stay_in_range_when_float32_rounds_up(monkeypatch):
     monkeypatch.setattr(torch, "rand", lambda n, **_: torch.full((n,), 1 - 2**-24))
-    assert denoising.draw_timesteps(64, 1000, torch.Generator()).max() == 999
+    assert loss.draw_timesteps(64, 1000, torch.Generator()).max() == 999
 
 
 def test_learning_rate():
     config = train.Config(lr=0.1, warmup_steps=4)
-    assert [training_step.learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(
+    assert [learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(
         [0.025, 0.05, 0.1, 0.1, 0.1])
     config = train.Config(lr=0.1, lr_schedule="cosine")
-    assert [training_step.learning_rate(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0])
-    assert 0 < training_step.learning_rate(config, 99, 100) < 1e-4
+    assert [learning_rate(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.1, 0.05, 0])
+    assert 0 < learning_rate(config, 99, 100) < 1e-4
 
 
-def settled(monkeypatch) -> list[train.Config]:
-    """The settings of trainings, each of which ends before it begins."""
+# ---------------------------------------------------------------------------------------------------------------------
+# settings
+
+
+@pytest.fixture
+def configs(monkeypatch) -> list[train.Config]:
+    """The settings of trainings, each of which ends before it reads an image."""
     configs = []
-    monkeypatch.setattr(train, "Training", lambda config, checkpoint: (configs.append(config), sys.exit(0)))
+    monkeypatch.setattr(train, "load_run_images", lambda config, checkpoint: (configs.append(config), sys.exit(0)))
     return configs
 
 
-def test_presets_and_flags(monkeypatch):
-    configs = settled(monkeypatch)
+def test_presets_and_flags(configs):
     for flags in [], ["--preset", "quick"], ["--width", 64, "--preset", "quick", "--lr", "5e-4", "--multipliers", 1, 4]:
         assert call(train, *flags) == 0
     reference, quick, changed = configs
@@ -143,14 +161,13 @@ def test_presets_and_flags(monkeypatch):
     (["--image_size", 96], (1, 2, 4, 8)), (["--image_size", 128, "--multipliers", 1, 2], (1, 2)),
     (["--preset", "quick", "--image_size", 128], (1, 2, 2)),
 ])
-def test_the_levels_follow_the_size_unless_they_are_given(flags, multipliers, monkeypatch):
-    configs = settled(monkeypatch)
+def test_the_levels_follow_the_size_unless_they_are_given(flags, multipliers, configs):
     assert call(train, *flags) == 0
     assert configs[0].multipliers == multipliers
 
 
 def test_checkpoints_keep_the_levels_that_a_size_stood_for(monkeypatch):
-    """So that the run goes on with them whatever a later version thinks of that size."""
+    """A run resumes with them, whatever a later version thinks of that size."""
     levels = TINY.index("--multipliers")
     without = TINY[:levels] + TINY[levels + 3 :]
     monkeypatch.setitem(unet.LEVELS, 16, (1, 2))
@@ -158,7 +175,7 @@ def test_checkpoints_keep_the_levels_that_a_size_stood_for(monkeypatch):
     monkeypatch.setitem(unet.LEVELS, 16, (1, 2, 4))
     assert call(train, "--resume", "--max_steps", 2) == 0
     content = load_checkpoint("checkpoints/latest.pt")
-    assert content["config"]["multipliers"] == content["unet"]["multipliers"] == (1, 2)
+    assert content["config"]["multipliers"] == content["network"]["config"]["multipliers"] == (1, 2)
 
 
 def test_gradient_checkpointing_changes_nothing_and_may_be_turned_on_later():
@@ -174,35 +191,67 @@ def test_gradient_checkpointing_changes_nothing_and_may_be_turned_on_later():
 def test_help_has_every_setting_and_its_default(capsys):
     assert call(train, "--help") == 0
     text = " ".join(capsys.readouterr().out.split())
-    for setting in fields(train.Config):
+    settings = fields(train.Config)
+    for setting in settings:
         assert f"--{setting.name} " in text
-    assert text.count("(default:") == len(fields(train.Config)) + 1  # and the preset's
+    switches = [setting for setting in settings if setting.default is False]
+    assert text.count("(default:") == len(settings) - len(switches) + 1  # and the preset's
 
 
-def test_without_the_pokemon_it_says_so_and_trains_on_critters(capsys):
+def test_without_the_pokemon_it_trains_on_critters_and_says_so_at_both_ends(capsys):
     Path("data/pokemon_jpg").mkdir(parents=True)
     tiny = TINY[TINY.index("critters") + 1 :]
     assert call(train, *tiny, "--max_steps", 1) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "data/pokemon_jpg/ has no images" in said and "training on critters" in said
-    assert "kaggle.com/datasets/kvpratama/pokemon-images-dataset" in said
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] and lines[-2].startswith("done: ")
+    assert "NO IMAGES IN data/pokemon_jpg/: TRAINING ON CRITTERS" in lines[0]
+    assert "kaggle.com/datasets/kvpratama/pokemon-images-dataset" in lines[0] and "--data" in lines[0]
     assert load_checkpoint("checkpoints/final_model.pt")["config"]["data"] == "critters"
+    # A resumed run has its data, and a run on critters that were asked for has nothing to explain.
+    assert call(train, "--resume", "--max_steps", 2) == 0
+    assert call(train, *TINY, "--max_steps", 1, "--run_name", "critters") == 0
+    assert "NO IMAGES" not in capsys.readouterr().out
     # But a folder that somebody names is meant.
     code = call(train, *tiny, "--data", "data/pokemon_jpg", "--run_name", "named")
     assert code.startswith("error: ") and "data/pokemon_jpg" in code
 
 
-def test_a_grid_shows_the_same_noise_at_every_epoch():
-    """Also for ddpm, which draws noise on the way, and for more images than go into one batch."""
-    zero, scheduler, cpu = (lambda x_t, t: 0 * x_t), NoiseScheduler(50), torch.device("cpu")
-    first, again = (sample_seeds(zero, scheduler, range(66), 16, cpu, "fp32", sampler="ddpm") for _ in range(2))
-    assert first.shape == (66, 3, 16, 16) and first.equal(again)
-    assert len({image.numpy().tobytes() for image in first}) == 66
-
-
 def test_the_reference_network_refuses_sizes_that_it_cannot_halve(capsys):
     code = call(train, "--data", "critters", "--image_size", 30, "--device", "cpu")
     assert_one_line(code, capsys, "multiple of 8", "30")
+
+
+def test_an_snr_of_zero_needs_uniform_weights(capsys):
+    """min_snr gives the last timestep, from which sampling starts, the weight 0: it would never be learned."""
+    flags = [*TINY, "--zero_terminal_snr", "--prediction", "v", "--max_steps", 1]
+    assert_one_line(call(train, *flags, "--loss_weighting", "min_snr"), capsys, "--zero_terminal_snr",
+                    "--loss_weighting uniform")
+    assert not Path("checkpoints").exists()
+    assert call(train, *flags) == 0
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--labels", "none"], "needs types"), (["--label_dropout", 0], "--label_dropout above 0"),
+])
+def test_guidance_needs_labels_and_label_dropout(flags, words, capsys):
+    assert_one_line(call(train, *TINY, "--guidance", 2.5, *flags), capsys, "--guidance 2.5", words)
+    assert not Path("checkpoints").exists()
+    assert call(train, *TINY, *flags, "--max_steps", 1) == 0
+    capsys.readouterr()
+    assert_one_line(call(train, "--resume", "--guidance", 2.5), capsys, "--guidance 2.5", words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# grids, milestones, cost
+
+
+def test_a_grid_shows_the_same_noise_at_every_epoch():
+    """Also for ddpm, which draws noise on the way, and for more images than go into one batch."""
+    pipeline = Pipeline(lambda x_t, t: 0 * x_t, NoiseScheduler(50), PixelSpace(), dict(image_size=16, prediction="eps"),
+                        (), torch.device("cpu"), "fp32")
+    first, again = (pipeline.sample(range(66), sampler="ddpm") for _ in range(2))
+    assert first.shape == (66, 3, 16, 16) and first.equal(again)
+    assert len({image.numpy().tobytes() for image in first}) == 66
 
 
 def test_named_epochs_are_kept_and_drawn():
@@ -213,7 +262,7 @@ def test_named_epochs_are_kept_and_drawn():
         "generated_epoch_0001.png", "generated_epoch_0003.png"]
 
 
-def test_a_run_says_what_it_has_cost_and_a_resumed_one_adds_to_it():
+def test_the_cost_of_a_run_is_written_and_a_resumed_one_adds_to_it():
     assert call(train, *TINY, "--max_steps", 3) == 0
     first = json.loads(Path("outputs/cost.json").read_text())
     assert first["images"] == 12 and first["seconds"] > 0 and first["peak_memory"] > 50_000_000  # PyTorch alone
@@ -226,12 +275,17 @@ def test_a_run_says_what_it_has_cost_and_a_resumed_one_adds_to_it():
     assert json.loads(Path("outputs/cost.json").read_text())["images"] == 32
 
 
-def test_the_average_keeps_no_graph(monkeypatch):
+def test_the_ema_keeps_no_graph(monkeypatch):
     """One step's graph hanging on the one before would fill the memory in a long run."""
-    seen = []
-    monkeypatch.setattr(train, "sample_seeds", lambda ema, *args, **kwargs: seen.append(ema) or torch.zeros(1, 3, 8, 8))
+    networks = []
+
+    def keep_network(pipeline, seeds, **options):
+        networks.append(pipeline.net)
+        return torch.zeros(1, 3, 8, 8)
+
+    monkeypatch.setattr(Pipeline, "sample", keep_network)
     assert call(train, *TINY, "--epochs", 1) == 0
-    assert not any(p.requires_grad for p in seen[0].parameters())
+    assert not any(p.requires_grad for p in networks[0].parameters())
 
 
 def test_training_in_bfloat16_is_training_in_float32_but_for_rounding():
@@ -241,22 +295,50 @@ def test_training_in_bfloat16_is_training_in_float32_but_for_rounding():
     assert wide != narrow and narrow == pytest.approx(wide, rel=0.02)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# duration
+
+
 @pytest.mark.parametrize("seconds, words", [
     (40, ["1 min"]), (3 * 3600, ["3.0 hours"]), (5 * 86400, ["5.0 days", "--preset quick"]),
 ])
-def test_the_duration_is_announced_and_days_on_a_cpu_name_the_way_out(seconds, words, capsys):
-    runs.announce_duration(seconds, torch.device("cpu"))
-    said = capsys.readouterr().out
-    assert all(word in said for word in words)
-    assert ("quick" in said) == (seconds > 86400)
+def test_the_duration_is_announced_and_days_on_a_cpu_name_a_faster_way(seconds, words, capsys):
+    loop.announce_duration(seconds, torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+    assert ("quick" in printed) == (seconds > 86400)
 
 
-def test_init_starts_from_the_average_of_another_run(final, capsys):
-    """With a rate of nearly 0 it also ends there."""
-    assert call(train, *TINY, "--init", final, "--lr", 1e-12, "--max_steps", 2) == 0
-    there, here = load_checkpoint(final)["ema"], load_checkpoint("checkpoints/final_model.pt")["ema"]
-    assert all(torch.allclose(there[name], here[name], atol=1e-9) for name in there)
+def test_the_duration_leaves_out_saves_and_grids(monkeypatch, capsys):
+    """Each step takes a minute, each save an hour and each grid a day."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+
+    def taking(seconds: float, function):
+        def call_slowly(*args, **kwargs):
+            clock.now += seconds
+            return function(*args, **kwargs)
+        return call_slowly
+
+    monkeypatch.setattr(loss, "draw_timesteps", taking(60, loss.draw_timesteps))
+    monkeypatch.setattr(loop.RunDir, "save", taking(3600, lambda self, name, **content: True))
+    monkeypatch.setattr(train, "square_grid", taking(86400, lambda images: Image.new("RGB", (8, 8))))
+    flags = ["--epochs", 26, "--batch_size", 8, "--milestone_every", 1, "--save_every", 0, "--sample_every", 5,
+             "--num_samples", 1, "--sample_steps", 1]
+    assert call(train, *TINY, *flags) == 0  # 25 steps, then one more
+    assert "training takes about 1 min more" in capsys.readouterr().out
+    assert clock.now > 5 * 86400 + 26 * 3600
+
+
+def test_init_starts_from_the_ema_of_another_run(final, capsys):
+    """With a rate of nearly 0 it also ends there. Dropout belongs to the training, not to the network's weights."""
+    assert call(train, *TINY, "--init", final, "--lr", 1e-12, "--max_steps", 2, "--dropout", 0.2) == 0
+    there, here = load_checkpoint(final)["ema"], load_checkpoint("checkpoints/final_model.pt")
+    assert here["network"]["config"]["dropout"] == 0.2
+    assert all(torch.allclose(there[name], here["ema"][name], atol=1e-9) for name in there)
     capsys.readouterr()
-    for flags in (["--width", 16], ["--labels", "none"], ["--prediction", "v"]):
+    others = {"size": ["--width", 16], "types": ["--labels", "none"], "prediction": ["--prediction", "v"],
+              "schedule": ["--schedule", "cosine"], "its schedule": ["--timesteps", 40]}
+    for word, flags in others.items():
         code = call(train, *TINY, "--init", final, "--run_name", "other", *flags)
-        assert_one_line(code, capsys, "--init", str(final), "of another network")
+        assert_one_line(code, capsys, "--init", str(final), "of another network", word)

@@ -1,4 +1,6 @@
-"""The network: its exact size, its shapes, its parts against their formulas, what it is told, what it refuses."""
+"""The network: its exact size, its shapes, its parts against their formulas, its conditions, and what it refuses."""
+
+from __future__ import annotations
 
 import sys
 
@@ -9,14 +11,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import unet
-from unet import (LEVELS, Attention, ResBlock, UNet, UNetConfig, count_parameters, default_multipliers,
-                  timestep_embedding)
+from unet import (
+    LEVELS,
+    Attention,
+    ResBlock,
+    UNet,
+    UNetConfig,
+    count_parameters,
+    default_multipliers,
+    timestep_embedding,
+)
 
 SMALL = dict(width=16, multipliers=(1, 2), blocks=1, groups=4, head_width=8)
 
 
 def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    """With every parameter drawn anew: a fresh network answers 0, whatever goes on before its last convolution."""
+    """Draw every parameter anew: a fresh network outputs 0, whatever happens before its last convolution."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in module.parameters():
@@ -72,8 +82,8 @@ def test_the_network_of_each_size_costs_what_the_table_says(size, parameters, gf
 def test_the_command_prints_the_network_of_a_size(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["unet.py", "--image_size", "256"])
     unet.main()
-    said = capsys.readouterr().out
-    assert "down 1       256 x 256" in said and "middle           8 x 8" in said and said.endswith(" 55,536,707\n")
+    table = capsys.readouterr().out
+    assert "down 1       256 x 256" in table and "middle           8 x 8" in table and table.endswith(" 55,536,707\n")
     assert default_multipliers(32) == default_multipliers(96) == (1, 2, 4, 8)
 
 
@@ -92,18 +102,18 @@ def test_the_command_refuses_in_one_line(flags, monkeypatch):
     (dict(multipliers=(1, 1, 2, 2), blocks=2), (2, 3, 8, 8)),
     (dict(channels=4), (2, 4, 8, 8)),
 ])
-def test_the_answer_has_the_shape_of_the_image(changes, shape):
+def test_the_output_has_the_shape_of_the_image(changes, shape):
     config = UNetConfig(**{**SMALL, **changes})
     assert shape[2] % config.size_multiple == 0
     output = randomised(UNet(config))(noise(*shape), torch.arange(shape[0]))
     assert output.shape == shape and output.isfinite().all() and output.std() > 0
 
 
-def test_a_fresh_network_answers_zero():
+def test_a_fresh_network_outputs_zero():
     assert UNet(UNetConfig(**SMALL))(noise(2, 3, 8, 8), torch.tensor([0, 9])).count_nonzero() == 0
 
 
-def test_images_of_a_batch_do_not_see_each_other_and_see_their_own_timestep():
+def test_an_image_depends_on_its_own_timestep_and_not_on_the_batch():
     model, x, t = randomised(UNet(UNetConfig(**SMALL))), noise(3, 3, 8, 8), torch.tensor([0, 400, 999])
     together = model(x, t)
     for i in range(3):
@@ -111,20 +121,20 @@ def test_images_of_a_batch_do_not_see_each_other_and_see_their_own_timestep():
     assert (together - model(x, t.flip(0))).abs()[[0, 2]].max() > 0.01
 
 
-def test_augmentation_is_heard_and_costs_no_parameter():
+def test_augment_labels_change_the_output_and_cost_no_parameter():
     model, x, t = randomised(UNet(UNetConfig(**SMALL))), noise(2, 3, 8, 8), torch.tensor([5, 900])
     plain = model(x, t)
-    assert model(x, t, augmentation=torch.zeros(2, 5)).equal(plain)
-    answers = [plain] + [model(x, t, augmentation=sign * torch.eye(5)[[i, i]]) for i in range(5) for sign in (1, -1)]
-    for i, a in enumerate(answers):
-        for b in answers[:i]:
-            assert (a - b).abs().max() > 1e-3  # each way to augment is told apart from each other one
+    assert model(x, t, augment_labels=torch.zeros(2, 5)).equal(plain)
+    outputs = [plain] + [model(x, t, augment_labels=sign * torch.eye(5)[[i, i]]) for i in range(5) for sign in (1, -1)]
+    for i, a in enumerate(outputs):
+        for b in outputs[:i]:
+            assert (a - b).abs().max() > 1e-3  # the network can tell each augmentation from each other one
     sizes = {count_parameters(UNet(UNetConfig(**SMALL, augment_dim=dim))) for dim in (0, 5, 11)}
     assert len(sizes) == 1
     assert not any("augment" in name for name in model.state_dict())
 
 
-def test_augmentation_waves_are_orthogonal_and_as_loud_as_the_timestep():
+def test_augment_waves_are_orthogonal_and_have_the_norm_of_the_timestep():
     waves = UNet(UNetConfig(**{**SMALL, "width": 64, "head_width": 64})).augment_waves
     torch.testing.assert_close(waves @ waves.T, 32 * torch.eye(5), rtol=0, atol=1e-4)
     norms = timestep_embedding(torch.arange(1000), 64).square().sum(1)
@@ -157,14 +167,14 @@ def test_residual_block_scales_then_shifts(c_in):
     block, x, emb = randomised(ResBlock(c_in, 8, 10, UNetConfig(groups=4))), noise(2, c_in, 4, 4), noise(2, 10)
     h = F.conv2d(F.silu(F.group_norm(x, 4, block.norm_1.weight, block.norm_1.bias)),
                  block.conv_1.weight, block.conv_1.bias, padding=1)
-    told = F.linear(emb, block.scale_shift.weight, block.scale_shift.bias)[:, :, None, None]
-    h = F.group_norm(h, 4, block.norm_2.weight, block.norm_2.bias) * (1 + told[:, :8]) + told[:, 8:]
+    scale_shift = F.linear(emb, block.scale_shift.weight, block.scale_shift.bias)[:, :, None, None]
+    h = F.group_norm(h, 4, block.norm_2.weight, block.norm_2.bias) * (1 + scale_shift[:, :8]) + scale_shift[:, 8:]
     h = F.conv2d(F.silu(h), block.conv_2.weight, block.conv_2.bias, padding=1)
     shortcut = x if c_in == 8 else F.conv2d(x, block.shortcut.weight)
     torch.testing.assert_close(block(x, emb), shortcut + h, rtol=1e-4, atol=1e-5)
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_in_training_only():
     model, x, t = randomised(UNet(UNetConfig(**SMALL, dropout=0.5))), noise(1, 3, 8, 8), torch.tensor([3])
     assert model(x, t).equal(model(x, t))
     model.train()
@@ -174,34 +184,34 @@ def test_dropout_acts_in_training_alone():
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_checkpointing_gives_the_same_gradients_for_less_memory(dropout):
     model = randomised(UNet(UNetConfig(**SMALL, dropout=dropout, num_types=2))).train()
-    x, t, types = noise(4, 3, 16, 16), torch.tensor([3, 40, 500, 900]), torch.eye(2)[[0, 1, 0, 1]]
-    results, kept = [], []
+    x, t, labels = noise(4, 3, 16, 16), torch.tensor([3, 40, 500, 900]), torch.eye(2)[[0, 1, 0, 1]]
+    results, memory = [], []
     for model.grad_checkpoint in (False, True):
         tensors = []  # held, so that no two of them have one address
         torch.manual_seed(0)  # of the dropout
         with saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor):
-            answer = model(x, t, types, augmentation=noise(4, 5))
+            output = model(x, t, labels, augment_labels=noise(4, 5))
         model.zero_grad()
-        answer.square().mean().backward()
-        results.append([answer, *(p.grad for p in model.parameters())])
+        output.square().mean().backward()
+        results.append([output, *(p.grad for p in model.parameters())])
         storages = {y.untyped_storage().data_ptr(): y.untyped_storage().nbytes() for y in tensors}
-        kept.append(sum(storages.values()))
+        memory.append(sum(storages.values()))
     assert all(ours.equal(theirs) for ours, theirs in zip(*results))
-    assert kept[1] < kept[0] / 3
-    with torch.no_grad():  # a network that samples is not slowed down, nor disturbed
+    assert memory[1] < memory[0] / 3
+    with torch.no_grad():  # sampling is neither slower nor different
         assert model.eval()(x, t).equal(model(x, t))
 
 
 def test_every_parameter_gets_a_gradient():
     model = randomised(UNet(UNetConfig(**SMALL)))
-    model(noise(2, 3, 8, 8), torch.tensor([3, 800]), augmentation=noise(2, 5)).square().mean().backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    assert silent == []
+    model(noise(2, 3, 8, 8), torch.tensor([3, 800]), augment_labels=noise(2, 5)).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert without == []
 
 
 @pytest.mark.parametrize("wrong", [
     dict(width=0), dict(blocks=0), dict(channels=0), dict(groups=0), dict(head_width=0),
-    dict(multipliers=(1, 0)), dict(width=40), dict(width=15, groups=15, head_width=15), dict(head_width=60),
+    dict(multipliers=(1, 0)), dict(multipliers=()), dict(multipliers=[]), dict(width=40), dict(width=15, groups=15, head_width=15), dict(head_width=60),
     dict(dropout=1.0), dict(dropout=-0.1),
 ])
 def test_impossible_networks_are_refused(wrong):
@@ -209,8 +219,8 @@ def test_impossible_networks_are_refused(wrong):
         UNetConfig(**wrong)
 
 
-def conditional() -> UNet:
-    """A network of three types whose answer depends on everything that it is given."""
+def network_of_three_classes() -> UNet:
+    """Return a network of three classes whose output depends on each of its inputs."""
     torch.manual_seed(0)
     model = UNet(UNetConfig(width=8, multipliers=(1, 2), blocks=1, groups=4, num_types=3)).eval()
     for parameter in model.parameters():
@@ -218,27 +228,34 @@ def conditional() -> UNet:
     return model
 
 
-def test_types_are_a_set_and_zeros_say_nothing():
-    model = conditional()
+def test_classes_are_a_set_and_zeros_are_unconditional():
+    model = network_of_three_classes()
     x, t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((4,), 50)
-    types = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]])  # integers are welcome too
+    labels = torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 0], [1, 1, 0]])  # integers are accepted too
     with torch.no_grad():
-        told, untold = model(x[:1].expand(4, -1, -1, -1), t, types), model(x[:1], t[:1])
-        assert torch.allclose(told[:1], untold, atol=1e-5)
-        assert all((told[i] - told[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
-        # The vectors of an image's types are added up.
-        emb = model.type_vectors(types.float())
+        conditional, unconditional = model(x[:1].expand(4, -1, -1, -1), t, labels), model(x[:1], t[:1])
+        assert torch.allclose(conditional[:1], unconditional, atol=1e-5)
+        assert all((conditional[i] - conditional[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+        # The vectors of an image's classes are added up.
+        emb = model.type_vectors(labels.float())
         assert torch.allclose(emb[3], emb[1] + emb[2]) and (emb[0] == 0).all()
 
 
-def test_types_cost_their_vectors_and_nothing_else():
+def test_classes_cost_their_vectors_and_nothing_else():
     assert count_parameters(UNet(UNetConfig(num_types=18))) == 54_195_523 + 18 * 256
     with pytest.raises(ValueError, match="num_types"):
         UNetConfig(num_types=-1)
 
 
-def test_an_unconditional_network_has_no_type_vectors():
+def test_an_unconditional_network_has_no_class_vectors():
     model = UNet(UNetConfig(width=8, multipliers=(1,), blocks=1, groups=4))
     assert not [name for name in model.state_dict() if "type" in name]
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([1, 2])
     assert torch.equal(model(x, t, torch.zeros(2, 0)), model(x, t))
+
+
+@pytest.mark.parametrize("num_types, columns", [(3, 2), (3, 4), (0, 3)])
+def test_labels_of_another_number_of_classes_are_refused(num_types, columns):
+    model = UNet(UNetConfig(**SMALL, num_types=num_types))
+    with pytest.raises(ValueError, match=f"labels of {columns} classes for a network of {num_types}"):
+        model(noise(1, 3, 8, 8), torch.tensor([5]), torch.zeros(1, columns))

@@ -1,8 +1,9 @@
-"""Does a model of critters draw the types that are requested?
+"""Measure how often a model of critters draws the requested types.
 
     python -m tools.check_types --checkpoint checkpoints/critters.pt    # 100 images of each type, 20 of each pair
 
-A check that knows the palettes of the types looks at the samples: see critters/recognizer.py.
+The types of a sample are recognized by the colours of their palettes, without a network: see critters/recognizer.py.
+The model may have been trained on the built-in critters or on a folder that `python -m critters` wrote.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def draw(pipeline: Pipeline, requested: Sequence[tuple[str, ...]], settings: Settings) -> np.ndarray:
-    """Draw an image of each of the requested types: uint8 [N, S, S, 3]."""
+    """Draw an image for each of the N requests: uint8 [N, S, S, 3]."""
     seeds = [settings.seed + i for _ in SINGLES for i in range(settings.num_images)]
     seeds += [settings.seed + i for _ in PAIRS for i in range(settings.num_pairs)]
     labels = pipeline.class_labels(requested)

@@ -74,6 +74,7 @@ def main() -> None:
         pipeline = Pipeline.load(settings.checkpoint, pick_device(settings.device))
         check(settings, pipeline)
         output = Path(settings.output)
+        results = load_results(output.with_suffix(".json"), settings, pipeline)
 
         # Real images: a set to compare with, and another of the same types, whose distance is the best to hope for.
         reference, types = unseen_critters("samplers", settings.num_images, pipeline.image_size)
@@ -83,7 +84,6 @@ def main() -> None:
         other = torch.from_numpy(np.stack(other)).permute(0, 3, 1, 2)
 
         # Measure what is missing.
-        results = load_results(output.with_suffix(".json"), settings, pipeline)
         results["real"] = paired_distances(other, reference)
         measured = {(row["sampler"], row["steps"]) for row in results["rows"]}
         for variant in compared_variants():
@@ -186,9 +186,9 @@ def as_table(results: dict) -> str:
              "| --- | --- | --- | --- |"]
     for variant in compared_variants():
         for steps in variant.steps:
-            own = distances[variant.name, steps]
-            value, error = with_error(own)
-            difference, difference_error = with_error(np.subtract(own, distances[BASELINE]))
+            measured = distances[variant.name, steps]
+            value, error = with_error(measured)
+            difference, difference_error = with_error(np.subtract(measured, distances[BASELINE]))
             lines.append(f"| `{variant.name}` | {steps} | {value:.4f} ± {error:.4f} "
                          f"| {difference:+.4f} ± {difference_error:.4f} |")
     value, error = with_error(results["real"])

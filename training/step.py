@@ -105,12 +105,11 @@ class TrainingStep:
             _load_adam(self.optimizer, checkpoint["optimizer"]["state"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:  # else this run or the one before needs none
                 self.scaler.load_state_dict(checkpoint["scaler"])
-            stats = Stats(**checkpoint["stats"])
+            self._stats += torch.tensor(list(asdict(Stats(**checkpoint["stats"])).values()), device=self.device)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not fit the network that its own settings describe; choose another "
                                   f"file") from error
         check_finite(path, self.raw_net, self.ema)
-        self._stats += torch.tensor(list(asdict(stats).values()), device=self.device)
 
     def state(self) -> dict[str, Any]:
         """Return what `load_state` restores, less the EMA."""

@@ -33,7 +33,7 @@ from unet import UNetConfig, default_multipliers
 from utils.cli import device_setting, parse, precision_setting, setting
 from utils.cuda_graph import CUDAGraphed
 from utils.device import describe_device, peak_memory, pick_device, pick_precision, use_fast_kernels
-from utils.errors import one_line_errors
+from utils.errors import first_line, one_line_errors
 from utils.files import replacing
 
 
@@ -155,8 +155,8 @@ def choose_trainers(settings: Settings, precision: str) -> list[str]:
     for package, peer in PEERS.items() if settings.against else ():
         try:
             importlib.import_module(package.replace("-", "_"))
-        except ImportError:
-            print(f"{package} is not installed and is left out; to compare with it: pip install {package}")
+        except ImportError as error:
+            print(f"{package} is left out, it cannot be imported ({first_line(error)}): pip install {package}")
         else:
             names += [name for name, (trainer, _) in available.items() if trainer is peer]
     return names
