@@ -21,8 +21,9 @@ def own_folder(tmp_path, monkeypatch):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """Return a folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
-    import train
     from scripts import TINY, call  # not above: they need the path that is set there
+
+    import train
 
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
@@ -40,6 +41,7 @@ def final(trained) -> Path:
 def trained_autoencoder(tmp_path_factory) -> Path:
     """Return a folder in which a tiny autoencoder was trained for 8 steps. Not to be written to."""
     from scripts import TINY_AUTOENCODER, call
+
     from tools import train_autoencoder
 
     folder = tmp_path_factory.mktemp("trained_autoencoder")

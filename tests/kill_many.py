@@ -2,13 +2,15 @@
 
     python tests/kill_many.py --kills 200
 
-A kill comes after a random time, or at a random moment of a save: half-way through the bytes of a checkpoint, of a grid
-or of a line of metrics.csv, or just before or after a file is synced or gets its name. Every run must end with the
-files of the undisturbed one: the same weights, moving average, optimizer and everything else in its checkpoints, to the
-last bit, and the same bytes in metrics.csv and in the pictures.
+A kill comes after a random time, or at a random moment of a save: half-way through the bytes of a checkpoint, of an
+image or of a line of metrics.csv, or just before or after a file is synced or renamed. Every run must end with the
+files of the undisturbed one: the same weights, EMA, optimizer and everything else in its checkpoints, to the last bit,
+and the same bytes in metrics.csv and in the images.
 
-POSIX only: each life is a fork of this process, which has imported everything already; so it costs part of a second.
+POSIX only: each life is a fork of this process, which has imported everything already, so it costs part of a second.
 """
+
+from __future__ import annotations
 
 import argparse
 import io
@@ -28,16 +30,17 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import matplotlib.pyplot as plt  # noqa: E402: imported here once, instead of in every life
 import torch  # noqa: E402
-
-import runs  # noqa: E402
-import train  # noqa: E402
-from checkpoint import load_checkpoint  # noqa: E402
+from PIL import Image  # noqa: E402
 from scripts import same  # noqa: E402
+
+import train  # noqa: E402
+from training.run_dir import RunDir  # noqa: E402
+from utils.checkpoint import load_checkpoint  # noqa: E402
 
 FLAGS = ("--data critters --num_critters 10 --image_size 8 --width 8 --groups 4 --multipliers 1 2 --blocks 1 "
          "--epochs 12 --batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 "
          "--dropout 0.1 --sample_every 4 --milestone_every 3 --keep 2 --save_every 0").split()
-MOMENTS = ("any time", "half a checkpoint", "half a grid", "half a line", "before a sync", "after a sync",
+MOMENTS = ("any time", "half a checkpoint", "half an image", "half a line", "before a sync", "after a sync",
            "before a rename", "after a rename")
 
 
@@ -47,15 +50,15 @@ def die() -> None:
 
 
 def arm(moment: str, chance: random.Random, seconds: float) -> None:
-    """See to it that this process is killed at such a moment, within `seconds` or after some that it survives."""
+    """Have this process killed at such a moment, within `seconds` or after some moments that it survives."""
     if moment == "any time":
         threading.Timer(seconds * chance.random(), die).start()
         return
-    writers = {"half a checkpoint": (torch, "save"), "half a grid": (train, "save_image"),
-               "half a line": (runs.Run, "_append_metrics")}
+    writers = {"half a checkpoint": (torch, "save"), "half an image": (Image.Image, "save"),  # loss curves and grids
+               "half a line": (RunDir, "_append_metrics")}
     module, name = writers.get(moment, (os, "fsync" if "sync" in moment else "replace"))
     original = getattr(module, name)
-    survived = chance.randrange(1 if "grid" in moment or "line" in moment else 6)
+    survived = chance.randrange({"half an image": 2, "half a line": 1}.get(moment, 6))
 
     def deadly(*args, **kwargs):
         nonlocal survived
@@ -71,9 +74,11 @@ def arm(moment: str, chance: random.Random, seconds: float) -> None:
 
     def cut(written) -> None:
         """Leave a random part of what the last write added to a file, open or closed."""
-        path = Path(written.name if hasattr(written, "name") and not isinstance(written, Path) else written)
-        if not isinstance(written, Path):
+        if isinstance(written, (str, Path)):
+            path = Path(written)
+        else:
             written.flush()
+            path = Path(written.name)
         size = path.stat().st_size
         os.truncate(path, size - chance.randrange(1, 20) if moment == "half a line" else chance.randrange(size))
 
@@ -81,7 +86,7 @@ def arm(moment: str, chance: random.Random, seconds: float) -> None:
 
 
 def live(folder: Path, flags: list[str], moment: str | None, chance: random.Random, seconds: float = 0) -> int:
-    """Run `train.py FLAGS` in a process of its own, which is killed at a `moment`; its status, as waitpid gives it."""
+    """Run `train.py FLAGS` in a process that is killed at a `moment`; return its status, as waitpid does."""
     process = os.fork()
     if process == 0:
         status = 1
@@ -102,11 +107,11 @@ def live(folder: Path, flags: list[str], moment: str | None, chance: random.Rand
 
 
 def compare(folder: Path, whole: Path) -> None:
-    """Fail unless two runs have left the same."""
+    """Fail unless two runs have left the same files."""
     names = [{path.relative_to(top).as_posix() for path in [*top.glob("outputs/*"), *top.glob("checkpoints/*")]}
              for top in (folder, whole)]
     assert names[0] == names[1], f"{folder} has other files than {whole}: {names[0] ^ names[1]}"
-    for name in names[0] - {"checkpoints/.lock", "outputs/cost.json"}:  # whose process, and how many seconds
+    for name in names[0] - {"checkpoints/.lock", "outputs/cost.json"}:  # they name the process, and the seconds
         if name.endswith(".pt"):
             assert same(load_checkpoint(folder / name), load_checkpoint(whole / name)), f"{folder / name} differs"
         else:

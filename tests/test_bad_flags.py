@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from scripts import TINY, assert_one_line, call, tree
 
 import generate
 import train
-from scripts import TINY, assert_one_line, call, tree
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder")

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from scripts import ROOT
 
 from critters import TYPES
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline, newest_checkpoint
 from models.space import PixelSpace
-from scripts import ROOT
 from unet import UNet, UNetConfig
 from utils import files
 from utils.checkpoint import FORMAT, CheckpointError, load_checkpoint, save_checkpoint

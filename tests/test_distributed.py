@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
 
 import train
-from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
 from training import dataset
 from training.distributed import DistEnv
 from utils.checkpoint import load_checkpoint

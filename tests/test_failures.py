@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 
 import train
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline
-from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 from training import loop, loss, run_dir, run_images
 from training.run_dir import RunDir, lock_folder, milestones
 from utils import files

@@ -1,5 +1,7 @@
 """A training that is killed twenty times ends as one that was not: a short form of kill_many.py."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

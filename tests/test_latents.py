@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import FEW_STEPS, TINY, assert_one_line, assert_same_run, call, pictures, same
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -19,7 +20,6 @@ from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.pipeline import Pipeline, load_space, newest_checkpoint
 from models.space import LatentSpace, PixelSpace, space_from_state
 from reverse_diffusion import SAMPLERS, sample
-from scripts import FEW_STEPS, TINY, assert_one_line, assert_same_run, call, pictures, same
 from training.dataset import ImageFolder
 from training.run_images import plain_batches
 from unet import UNet, UNetConfig
@@ -176,7 +176,7 @@ def test_evaluate(final, capsys):
     flags = ["--num_samples", 50, "--steps", 2, "--num_likelihood", 4, "--likelihood_steps", 2, "--device", "cpu"]
     assert call(evaluate, "--checkpoint", final, *flags) == 0
     text = Path("outputs/evaluation/report.html").read_text()
-    assert "bits, held out" in capsys.readouterr().out and "per latent value" in text
+    assert "bits, unseen images" in capsys.readouterr().out and "per latent value" in text
 
 
 def test_a_resumed_training_is_the_same(weights, trained_on_latents):

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from scripts import FEW_STEPS, ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 
 import generate
 import train
-from scripts import FEW_STEPS, ROOT, TINY, assert_one_line, assert_same_run, call, metrics, same
 from training import loss
 from training.step import learning_rate
 from utils.checkpoint import load_checkpoint, save_checkpoint

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scripts import TINY, assert_one_line, assert_same_run, call, metrics, pictures
 
 import generate
 import train
@@ -24,7 +25,6 @@ import unet
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline
 from models.space import PixelSpace
-from scripts import TINY, assert_one_line, assert_same_run, call, metrics, pictures
 from training import loop, loss
 from training.step import learning_rate
 from unet import UNetConfig
