@@ -214,7 +214,7 @@ def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> float:
     if args.guidance is not None:
         pipeline.check_guidance(args.guidance, pipeline.class_labels(plan.types))
         return args.guidance
-    return DEFAULT_GUIDANCE if pipeline.learned_without_labels else 1.0
+    return DEFAULT_GUIDANCE if pipeline.supports_guidance else 1.0
 
 
 def prepare_output(args: Settings, plan: Plan, image_size: int) -> None:

@@ -91,7 +91,7 @@ def _half_log_snr(scheduler: NoiseScheduler, t: int) -> float:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A sampler: its step, and what else there is to know of it.
+    """Registry entry of a sampler: step function, defaults, options.
 
     Attributes:
         step: (scheduler, x_0, x_t, t, t_next, previous, **options) -> mean of x_s, standard deviation of the noise.
@@ -124,7 +124,7 @@ def find_sampler(name: str) -> Sampler:
 
 
 def default_steps(sampler: str, num_timesteps: int) -> int:
-    """Return the number of steps that a sampler takes unless told otherwise."""
+    """Return a sampler's default number of steps."""
     return min(find_sampler(sampler).steps or num_timesteps, num_timesteps)
 
 
@@ -157,7 +157,7 @@ def sample(
         sampler: a key of `SAMPLERS`.
         steps: number of network passes, 1 ... T (1 ... start + 1 with `start`); None means all.
         prediction: what the output means: "eps", "v" or "x0".
-        labels: multi-hot [B, K]; a row of zeros asks for any class. None: a model without labels.
+        labels: multi-hot [B, K]; a row of zeros is unconditional. None: the model takes no labels.
         guidance: classifier-free guidance scale (Ho & Salimans 2022): output = unconditional + guidance *
             (conditional - unconditional). 1 is the conditional output, in one pass; any other scale doubles the batch.
         start: the timestep of x_T, 0 ... T-1; None means T-1. Below that, x_T is an image to which

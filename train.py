@@ -11,12 +11,12 @@ Sample grids, the loss curve and metrics.csv go to outputs/, weights to checkpoi
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler
 from models.pipeline import Pipeline, checked_space, load_space
@@ -47,7 +47,8 @@ class Config(TrainingConfig):
                                   "else the names of its sub-folders; none; or another csv file")
     autoencoder: str = setting("", "checkpoint of a tools.train_autoencoder run, to learn the latents of the images "
                                    "(default: learn their pixels)")
-    init: str = setting("", "checkpoint of such a network, from whose EMA weights to start (default: random weights)")
+    init: str = setting("", "start from the EMA weights of this checkpoint of the same architecture (default: random "
+                            "weights)")
     width: int = setting(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = setting((), "of the width, one per level (default: those of unet.LEVELS for the "
                                                "image size; 1 2 4 8 for 64 pixels)")
@@ -59,15 +60,15 @@ class Config(TrainingConfig):
     label_dropout: float = setting(0.1, "fraction of the images whose labels are dropped, for classifier-free "
                                         "guidance; below 1", least=0, below=1)
 
-    timesteps: int = setting(1000, "steps T of the diffusion", above=0)
+    timesteps: int = setting(1000, "steps T of the diffusion", least=2, most=1_000_000)
     schedule: str = setting("linear", "noise schedule", SCHEDULES)
     prediction: str = setting("eps", "what the network predicts: the noise, the velocity, or the image", PREDICTIONS)
     zero_terminal_snr: bool = setting(False, "make the last timestep pure noise; for predictions v and x0, with "
                                              "uniform loss weighting")
     loss_weighting: str = setting("uniform", "weights of the squared errors of the timesteps", LOSS_WEIGHTINGS)
 
-    sampler: str = setting("ddim", "sampler of the sample grids; if it or --sample_steps is set, generate.py uses both "
-                                   "by default", tuple(SAMPLERS))
+    sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
+                                   "steps, generate.py uses them by default", tuple(SAMPLERS))
     sample_steps: int = setting(50, "network passes for a sample grid", above=0)
     guidance: float = setting(1.0, "classifier-free guidance scale of the sample grids (1 = off)")
 
@@ -93,13 +94,14 @@ PRESETS = {
 
 
 def main() -> None:
-    dist = DistEnv()
-    with dist.one_voice(), one_line_errors():
+    with one_line_errors():
+        dist = DistEnv()
+    with dist.main_process_output(), one_line_errors():
         config, checkpoint, notice = configure(Config, PRESETS, "Train a diffusion model on a folder of images.",
                                                "python train.py")
         if notice:
             print(notice)
-        with memory_advice(config.batch_size, config.grad_accum):
+        with memory_advice(config.batch_size, config.grad_accum, dist.world_size):
             final = train(config, checkpoint, dist)
         print(f"done: samples in {run_folder('outputs', config.run_name)}/; for more: python generate.py --checkpoint "
               f"{final}")
@@ -115,50 +117,51 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> P
     use_fast_kernels()
     dist.rank_slice(config.batch_size, config.grad_accum)  # can the batch be divided? before the data is read
 
-    # Space: pixels, or the latents of an autoencoder.
+    # Noise schedule, and the space that it works in: pixels, or the latents of an autoencoder.
+    scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
     space = find_space(config, checkpoint).to(device, memory_format=memory_format(device))
-    network = settle_network(config, space)
+    check_settings(config, scheduler)
+    unet_config = choose_size(config, space)
+    start = Pipeline.load(config.init) if config.init and checkpoint is None else None
 
     # Data.
-    images = load_run_images(config, checkpoint)
+    run_images = load_run_images(config, checkpoint)
+    class_names = run_images.dataset.class_names
+    check_guidance(config, len(class_names))
     if space.is_latent and checkpoint is None:
-        measure_latents(space, config, plain_batches(images.dataset), precision)
-    images.dataset = encode_dataset(images.dataset, space, config.augment, precision)
-    network.num_types = len(images.dataset.class_names)
-    check_guidance(config, network.num_types)
+        measure_latents(space, config, plain_batches(run_images.dataset), precision)
+    run_images.dataset = encode_dataset(run_images.dataset, space, config.augment, precision)
 
     # Model.
     torch.manual_seed(seed_from(config.seed, stream="weights"))
-    net = UNet(network).to(device, memory_format=memory_format(device, training=True))
+    net = UNet(replace(unet_config, num_types=len(class_names)))
+    if start:
+        check_same_network(config, start, net, scheduler, space, class_names)
+        net.load_state_dict(start.net.state_dict())
+    net = net.to(device, memory_format=memory_format(device, training=True))
     net.grad_checkpoint = config.grad_checkpoint
     print(f"network    {count_parameters(net):,} parameters, predicting {config.prediction} on the {config.schedule} "
           f"schedule")
 
-    # Noise schedule and loss.
-    scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
-    warn_of_leftover_signal(config, scheduler)
-    loss = DiffusionLoss(scheduler, space, config.image_size, device, precision, config.augment, config.prediction,
-                         config.loss_weighting, config.label_dropout)
-    if config.init and checkpoint is None:
-        init_from(config, net, scheduler, space, images.dataset.class_names)
-
-    # Optimizer and step.
+    # Loss, optimizer and step.
+    loss = DiffusionLoss(scheduler, space, config.image_size, precision, augment=config.augment,
+                         prediction=config.prediction, loss_weighting=config.loss_weighting,
+                         label_dropout=config.label_dropout)
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
-    total_steps = Timetable(config, len(images.dataset)).total_steps
+    total_steps = Timetable(config, len(run_images.dataset)).total_steps
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps)
 
-    # Loop, with a grid of samples that always starts from the same noise, so that one sees the same images grow.
-    pipeline = Pipeline(step.ema, scheduler, space, asdict(config), images.dataset.class_names, device, precision)
+    # Loop, with sample grids that always start from the same noise, so that one sees the same images grow.
+    def draw_grid(path: Path) -> None:
+        pipeline = Pipeline(step.ema, scheduler, space, asdict(config), class_names, device, precision)
+        sampler, steps = pipeline.grid_sampler
+        labels = each_class_in_turn(config.num_samples, len(class_names))
+        square_grid(pipeline.sample(range(config.num_samples), labels=labels, guidance=config.guidance,
+                                    sampler=sampler, steps=steps)).save(path)
 
-    def draw_grid(ema: nn.Module, path: Path) -> None:
-        labels = each_class_in_turn(config.num_samples, network.num_types)
-        square_grid(pipeline.sample(
-            range(config.num_samples), labels=labels, guidance=config.guidance, sampler=config.sampler,
-            steps=min(config.sample_steps, config.timesteps))).save(path)
-
-    content = dict(network=dict(kind="unet", config=asdict(network)), scheduler=scheduler.config(),
+    content = dict(network=dict(kind="unet", config=asdict(net.config)), scheduler=scheduler.config(),
                    autoencoder=space.state())
-    return training_loop(config, images, step, draw_grid, content, checkpoint)
+    return training_loop(config, run_images, step, draw_grid, content, checkpoint)
 
 
 def find_space(config: Config, checkpoint: dict[str, Any] | None) -> PixelSpace | LatentSpace:
@@ -168,28 +171,35 @@ def find_space(config: Config, checkpoint: dict[str, Any] | None) -> PixelSpace 
     return checked_space(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint.get("autoencoder"))
 
 
-def settle_network(config: Config, space: PixelSpace | LatentSpace) -> UNetConfig:
-    """Return the size of the network, and write the levels that it chose into `config`.
-
-    Raises:
-        ValueError: for a size that cannot be built, or settings that contradict each other.
-    """
+def check_settings(config: Config, scheduler: NoiseScheduler) -> None:
+    """Raise ValueError for settings that contradict each other; warn of a schedule that does not end at noise."""
     if config.zero_terminal_snr and config.prediction == "eps":
         raise ValueError("--zero_terminal_snr needs --prediction v or x0: from pure noise, eps says nothing about x_0")
     if config.zero_terminal_snr and config.loss_weighting == "min_snr":
         raise ValueError("--zero_terminal_snr needs --loss_weighting uniform: min_snr gives weight 0 to the last "
                          "timestep, from which sampling starts")
+    if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
+        print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
+              f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
+
+
+def choose_size(config: Config, space: PixelSpace | LatentSpace) -> UNetConfig:
+    """Return the size of the network; the levels go into `config` as well, and so into checkpoints.
+
+    Raises:
+        ValueError: for a size that cannot be built, or that does not fit the images.
+    """
     config.multipliers = config.multipliers or default_multipliers(space.shape(config.image_size)[-1])
-    network = UNetConfig(channels=space.channels, width=config.width, multipliers=config.multipliers,
-                         blocks=config.blocks, groups=config.groups, dropout=config.dropout)
-    multiple = network.size_multiple * space.factor
+    unet_config = UNetConfig(channels=space.channels, width=config.width, multipliers=config.multipliers,
+                             blocks=config.blocks, groups=config.groups, dropout=config.dropout)
+    multiple = unet_config.size_multiple * space.factor
     if config.image_size % multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {multiple} that is at least 8, for this network; "
                          f"{config.image_size} is not")
-    return network
+    return unet_config
 
 
-def measure_latents(space: LatentSpace, config: Config, batches: Any, precision: str) -> None:
+def measure_latents(space: LatentSpace, config: Config, batches: Iterable[torch.Tensor], precision: str) -> None:
     """Normalise the latents over the images to be learned, and print how well these come back."""
     db = space.measure(batches, precision)
     print(f"latents    {' x '.join(map(str, space.shape(config.image_size)))} for 3 x {config.image_size} x "
@@ -205,26 +215,17 @@ def check_guidance(config: Config, num_classes: int) -> None:
                          f"the unconditional prediction; without it, give --guidance 1")
 
 
-def warn_of_leftover_signal(config: Config, scheduler: NoiseScheduler) -> None:
-    """Warn if x_T still shows the image, since sampling starts from pure noise."""
-    if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
-        print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
-              f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
-
-
-def init_from(config: Config, net: UNet, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace,
-              class_names: tuple[str, ...]) -> None:
-    """Start from the EMA weights of another run. Raises ValueError if they mean something else there."""
-    other = Pipeline.load(config.init, space.device if space.is_latent else "cpu")
+def check_same_network(config: Config, start: Pipeline, net: UNet, scheduler: NoiseScheduler,
+                       space: PixelSpace | LatentSpace, class_names: tuple[str, ...]) -> None:
+    """Raise ValueError if the weights of --init mean something else than this network's would."""
     ours = dict(size=net.config, types=tuple(class_names), prediction=config.prediction, schedule=scheduler.config(),
                 autoencoder=space.fingerprint())
-    theirs = dict(size=replace(other.net.config, dropout=net.config.dropout), types=other.class_names,
-                  prediction=other.prediction, schedule=other.scheduler.config(), autoencoder=other.space.fingerprint())
+    theirs = dict(size=replace(start.net.config, dropout=net.config.dropout), types=start.class_names,
+                  prediction=start.prediction, schedule=start.scheduler.config(), autoencoder=start.space.fingerprint())
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
         raise ValueError(f"--init {config.init} is of another network, which differs in its {' and '.join(different)}; "
                          f"give the flags that it was trained with")
-    net.load_state_dict(other.net.state_dict())
 
 
 def each_class_in_turn(num_images: int, num_classes: int) -> torch.Tensor | None:

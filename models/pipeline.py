@@ -25,21 +25,24 @@ from utils.device import autocast, memory_format, pick_precision
 from utils.seeding import seed_from
 
 NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and its class
-DEFAULT_GUIDANCE = 3.0  # where classes are asked for
+DEFAULT_GUIDANCE = 3.0  # when labels are given
 GRID_SAMPLER = ("ddim", 50)  # of sample grids during training, unless the training chose another
 DECODE_BATCH = 16  # images whose latents are decoded at a time
 
 
 class Pipeline:
-    """A model and what it takes to draw with it.
+    """Network, noise schedule, space and settings of one checkpoint; draws images from seeds.
 
     Args:
-        net: the network, on `device`.
+        net: the network, on `device`; usually the EMA.
+        scheduler: the noise schedule that it was trained with.
+        space: pixels, or the latents that it denoises, on `device`.
         settings: the training's settings, with "image_size" and "prediction" among them.
-        class_names: the classes it can be asked for, in the order of its inputs; empty for an unconditional model.
+        class_names: in the order of the label columns; empty for an unconditional model.
+        device: where it runs.
+        precision: "bf16", "fp16" or "fp32".
 
-    Attributes:
-        net, scheduler, space, settings, class_names, device, precision: as given.
+    All are attributes of the same name; so are `image_size` and `prediction`.
     """
 
     def __init__(self, net: nn.Module, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace,
@@ -47,9 +50,10 @@ class Pipeline:
         self.net, self.scheduler, self.space, self.settings = net, scheduler, space, settings
         self.class_names, self.device, self.precision = tuple(class_names), device, precision
         self.image_size, self.prediction = settings["image_size"], settings["prediction"]
+        self._in_full_batches = functools.partial(in_full_batches, precision)  # not a method: that would be a cycle
         self._network: Callable[..., torch.Tensor] = functools.partial(self._in_full_batches, net)
-        if device.type == "cuda":  # recorded once a shape, for all samples that this pipeline draws
-            self._network = CUDAGraphed(self._network, repeatable=True)
+        if device.type == "cuda":  # recorded once per shape, for all samples that this pipeline draws
+            self._network = CUDAGraphed(self._network, max_recordings=4, ordinary_calls=2)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", precision: str = "auto") -> Pipeline:
@@ -65,7 +69,7 @@ class Pipeline:
         try:
             net = _build_network(content["network"], content["ema"])
             scheduler = NoiseScheduler(**content["scheduler"])
-            space = space_from_state(content.get("autoencoder"), device)
+            space = space_from_state(content.get("autoencoder"))
             settings, class_names = content["config"], tuple(content.get("types", ()))
             _check_consistent(net.config, space, settings, class_names)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -73,6 +77,7 @@ class Pipeline:
                                   f"file") from error
         check_finite(path, net)
         net = net.to(device, memory_format=memory_format(device)).eval()
+        space = space.to(device, memory_format=memory_format(device))
         return cls(net, scheduler, space, settings, class_names, device, pick_precision(precision, device))
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -110,7 +115,7 @@ class Pipeline:
         return sampler, steps
 
     @property
-    def learned_without_labels(self) -> bool:
+    def supports_guidance(self) -> bool:
         """Whether the training dropped labels, so that guidance has an unconditional output to compare with."""
         return bool(self.class_names) and self.settings.get("label_dropout", 0.1) > 0
 
@@ -123,7 +128,7 @@ class Pipeline:
         if labels is None:
             raise ValueError(f"guidance strengthens types, and none is given: add --types, with one or more of "
                              f"{', '.join(self.class_names)}")
-        if not self.learned_without_labels:
+        if not self.supports_guidance:
             raise ValueError("guidance compares with images of any type, and this checkpoint was trained with "
                              "--label_dropout 0, that is, without them: leave --guidance out")
 
@@ -136,6 +141,8 @@ class Pipeline:
         labels = torch.zeros(len(class_names), len(self.class_names))
         for row, names in zip(labels, class_names):
             for name in names:
+                if name not in self.class_names:
+                    raise ValueError(f"unknown type {name!r}: choose one or more of {', '.join(self.class_names)}")
                 row[self.class_names.index(name)] = 1
         return labels
 
@@ -214,19 +221,20 @@ class Pipeline:
         return torch.cat([self._in_full_batches(function, part.to(self.device)).float().cpu()
                           for part in x.split(DECODE_BATCH)])
 
-    @torch.no_grad()
-    def _in_full_batches(self, function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
-        """Call `function` on inputs whose rows are repeated up to a full batch.
 
-        On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are summed in another
-        order, and below 16 with a single thread, because PyTorch then chooses another 1x1 convolution. So rows are
-        repeated up to a multiple of 8 (twice what was found necessary), or 16.
-        """
-        n, multiple = len(inputs[0]), 16 if torch.get_num_threads() == 1 else 8
-        rows = torch.arange(math.ceil(n / multiple) * multiple, device=self.device) % n
-        x, *others = (part[rows] for part in inputs)
-        with autocast(self.device, self.precision):
-            return function(x.contiguous(memory_format=memory_format(self.device)), *others)[:n]
+@torch.no_grad()
+def in_full_batches(precision: str, function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
+    """Call `function` on inputs whose rows are repeated up to a full batch.
+
+    On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are summed in another
+    order, and below 16 with a single thread, because PyTorch then chooses another 1x1 convolution. So rows are repeated
+    up to a multiple of 8 (twice what was found necessary), or 16.
+    """
+    n, device, multiple = len(inputs[0]), inputs[0].device, 16 if torch.get_num_threads() == 1 else 8
+    rows = torch.arange(math.ceil(n / multiple) * multiple, device=device) % n
+    x, *others = (part[rows] for part in inputs)
+    with autocast(device, precision):
+        return function(x.contiguous(memory_format=memory_format(device)), *others)[:n]
 
 
 def _seeded_steps(x_T: torch.Tensor, seeds: Sequence[int]) -> Callable[[], torch.Tensor]:

@@ -4,8 +4,8 @@
     x_0 = space.encode(images)              # [B, 3, S, S] in [-1, 1] -> [B, channels, S / factor, S / factor]
     images = space.decode(x_0)
 
-Both spaces have the same methods, so training, sampling and scripts do not distinguish them. DIFFUSION_THEORY.md
-explains latents and their cost.
+Both spaces have the same methods, so sampling does not distinguish them; training asks `is_latent` where encoding costs
+something. DIFFUSION_THEORY.md explains latents and their cost.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ class PixelSpace:
     is_latent = False
     channels, factor, latent_range = 3, 1, 1.0
     notes: tuple[str, ...] = ()
-    device = torch.device("cpu")
 
     def shape(self, image_size: int) -> tuple[int, int, int]:
         """Return the shape of one image's x_0."""
         return self.channels, image_size, image_size
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Return x_0 of images [B, 3, S, S] in [-1, 1]: the images."""
         return images
 
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Return the images [B, 3, S, S] of x_0."""
         return x_0
 
     def state(self) -> None:
@@ -86,11 +87,15 @@ class LatentSpace:
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Return the normalised posterior mean; its standard deviation is small, and a mean can be cached."""
+        """Return x_0 [B, channels, S / factor, S / factor] of images [B, 3, S, S]: the normalised posterior mean.
+
+        The posterior's standard deviation is small, and a mean can be cached.
+        """
         return self.autoencoder.encode(images)
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        """Return the images [B, 3, S, S] in [-1, 1] of x_0 [B, channels, S / factor, S / factor]."""
         return self.autoencoder.decode(x_0)
 
     @torch.no_grad()

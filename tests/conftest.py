@@ -18,10 +18,18 @@ def own_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def plain_loss_curve(monkeypatch):
+    """Spare the test the loss curve, whose drawing takes as long as the rest of a tiny training."""
+    from training.run_dir import RunDir  # not above: it needs the path that is set there
+
+    monkeypatch.setattr(RunDir, "draw_loss", lambda run, path: path.write_text(str(run.history)))
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """Return a folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
-    from scripts import TINY, call  # not above: they need the path that is set there
+    from scripts import TINY, call
 
     import train
 

@@ -28,7 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of its parent's other threads
 os.environ["MPLBACKEND"] = "Agg"
 
-import matplotlib.pyplot as plt  # noqa: E402: imported here once, instead of in every life
+import matplotlib.pyplot as plt  # noqa: E402  imported here once, instead of in every life
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from scripts import same  # noqa: E402
@@ -38,8 +38,8 @@ from training.run_dir import RunDir  # noqa: E402
 from utils.checkpoint import load_checkpoint  # noqa: E402
 
 FLAGS = ("--data critters --num_critters 10 --image_size 8 --width 8 --groups 4 --multipliers 1 2 --blocks 1 "
-         "--epochs 12 --batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 "
-         "--dropout 0.1 --sample_every 4 --milestone_every 3 --keep 2 --save_every 0").split()
+         "--epochs 8 --batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 "
+         "--dropout 0.1 --sample_every 4 --milestone_every 2 --keep 2 --save_every 0").split()
 MOMENTS = ("any time", "half a checkpoint", "half an image", "half a line", "before a sync", "after a sync",
            "before a rename", "after a rename")
 

@@ -18,7 +18,7 @@ from training.loss import AutoencoderLoss
 from utils.checkpoint import load_checkpoint
 from utils.cli import check_ranges
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 CPU = torch.device("cpu")
 
 
@@ -46,8 +46,12 @@ def test_a_level_halves_the_resolution(multipliers, factor):
     assert model.decode(latents).shape == (1, 3, 32, 48) and model.decode(100 * latents).abs().max() <= 1
 
 
-def loss(output: torch.Tensor, images: torch.Tensor, mean=torch.zeros(1), log_variance=torch.zeros(1), **settings):
-    autoencoder_loss = AutoencoderLoss((4, 4, 4), CPU, "fp32", "none", **settings)
+ZERO = torch.zeros(1)
+
+
+def loss(output: torch.Tensor, images: torch.Tensor, mean: torch.Tensor = ZERO, log_variance: torch.Tensor = ZERO,
+         **settings: float) -> float:
+    autoencoder_loss = AutoencoderLoss((4, 4, 4), "fp32", "none", **settings)
     augment_rand = torch.zeros(len(images), 8)
     return autoencoder_loss(lambda x, noise: (output, mean, log_variance), images, None, augment_rand, None).item()
 

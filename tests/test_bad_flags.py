@@ -42,7 +42,7 @@ def pickled_by_torch(path: Path, content: dict) -> None:
     torch.save({**content, "history": [Trap()]}, path)
 
 
-def swollen(path: Path, content: dict) -> None:
+def compressed(path: Path, content: dict) -> None:
     save_checkpoint(path, **content)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/more", bytes(50_000_000))
@@ -85,14 +85,14 @@ BAD_FOR_BOTH = {
     "text": lambda path, content: path.write_text("hello\n"),
     "a page": lambda path, content: path.write_text("<!DOCTYPE html><html>404 not found</html>"),
     "a pointer of git-lfs": lambda path, content: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
-    "a picture": lambda path, content: Image.new("RGB", (9, 9)).save(path, "PNG"),
+    "an image": lambda path, content: Image.new("RGB", (9, 9)).save(path, "PNG"),
     "half of it": cut(0.5),
     "all but its end": cut(0.999),
     "a pickle with code": pickled,
     "code in a checkpoint": pickled_by_torch,
-    "one that swells": swollen,
+    "a compressed one": compressed,
     "weights alone": lambda path, content: torch.save(content["ema"], path),
-    "another's": lambda path, content: torch.save({"state_dict": content["ema"], "epoch": 3}, path),
+    "another program's": lambda path, content: torch.save({"state_dict": content["ema"], "epoch": 3}, path),
     "another version's": lambda path, content: torch.save({**content, "format": "PokeDiff checkpoint 0"}, path),
     "a list": lambda path, content: torch.save([1, 2, 3], path),
     "no settings": without("config"),

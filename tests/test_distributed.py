@@ -13,11 +13,11 @@ from PIL import Image
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
 
 import train
-from training import dataset
+from training import dataset, distributed
 from training.distributed import DistEnv
 from utils.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 
 # One step an epoch, so that metrics.csv has the loss of each step.
 TWENTY_STEPS = [*TINY, "--epochs", "20", "--batch_size", "8", "--lr", "1e-3", "--sample_every", "1000"]
@@ -101,6 +101,29 @@ def test_the_slices_of_the_processes_make_the_batch():
     assert parts == indices
     with pytest.raises(ValueError, match="--batch_size 15 .* 3 processes times --grad_accum 2; choose a multiple of 6"):
         dist.rank_slice(15, 2)
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+@pytest.mark.parametrize("error, message, status", [
+    (None, "", 0),
+    (SystemExit("error: no such folder"), "error: no such folder", 1),
+    (SystemExit(143), "", 143),
+    (RuntimeError("Connection closed by peer [127.0.0.1]"), "error: another process of this training has ended", 1),
+    (RuntimeError("shapes do not match"), "Traceback", 1),
+])
+def test_each_of_several_processes_ends_by_itself_and_the_main_one_alone_prints(monkeypatch, capsys, is_main, error,
+                                                                                message, status):
+    ends = []
+    monkeypatch.setattr(distributed, "_end_process", lambda *arguments: ends.append(arguments))
+    dist = DistEnv()
+    dist.world_size, dist.is_main = 2, is_main
+    with dist.main_process_output():
+        print("said")
+        if error:
+            raise error
+    (end,) = ends
+    assert end[0] == is_main and end[1].startswith(message) and bool(end[1]) == bool(message) and end[2] == status
+    assert capsys.readouterr().out == ("said\n" if is_main else "")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="processes that are started anew do not see the small memory")

@@ -25,7 +25,7 @@ from training.run_images import plain_batches
 from unet import UNet, UNetConfig
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 CPU = torch.device("cpu")
 FLIP = [*TINY, "--augment", "flip"]
 

@@ -170,7 +170,8 @@ def rewrite(path: str, change: Callable[[dict], object]) -> None:
 
 def test_a_setting_that_an_older_run_does_not_have_takes_its_default(trained):
     assert call(train, *TINY, "--max_steps", 3) == 0
-    rewrite("checkpoints/latest.pt", lambda content: [content["config"].pop(name) for name in ("milestones", "workers")])
+    rewrite("checkpoints/latest.pt", lambda content: [content["config"].pop(name)
+                                                      for name in ("milestones", "workers")])
     assert call(train, "--resume", "--max_steps", 0) == 0
     content = load_checkpoint("checkpoints/latest.pt")
     assert (content["config"]["milestones"], content["config"]["workers"]) == ((), -1)

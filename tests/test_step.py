@@ -42,7 +42,7 @@ def batches(steps: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def make_step(net: torch.nn.Module, steps: int, precision: str = "fp32", **optimizer_options) -> TrainingStep:
-    loss = DiffusionLoss(SCHEDULER, PixelSpace(), SIZE, CPU, precision, label_dropout=0.5)
+    loss = DiffusionLoss(SCHEDULER, PixelSpace(), SIZE, precision, label_dropout=0.5)
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(CONFIG.lr, CPU) | optimizer_options)
     return TrainingStep(net, loss, optimizer, CONFIG, CPU, precision, DistEnv(), steps)
 
@@ -199,7 +199,7 @@ def test_the_state_of_a_step_can_be_restored():
 
 
 def test_a_training_continues_the_same_on_a_device_with_another_memory_format():
-    """Channels last on a GPU, contiguous on a CPU: fused Adam takes numbers as they lie, so they must lie as weights."""
+    """Channels last on a GPU, contiguous on a CPU: fused Adam relies on moments that lie in memory as weights do."""
     def next_step(fused: bool) -> list[torch.Tensor]:
         state = state_of(stepped(1))
         for moments in state["optimizer"]["state"].values():

@@ -30,7 +30,7 @@ from training.step import learning_rate
 from unet import UNetConfig
 from utils.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("own_folder")
+pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 
 
 def test_a_run_writes_grids_loss_curve_metrics_and_weights(trained, monkeypatch):
@@ -293,6 +293,16 @@ def test_training_in_bfloat16_is_training_in_float32_but_for_rounding():
         assert call(train, *TINY, "--precision", precision, "--run_name", precision, "--epochs", 2) == 0
     wide, narrow = ([float(row["loss"]) for row in metrics(f"{name}/metrics.csv")] for name in ("fp32", "bf16"))
     assert wide != narrow and narrow == pytest.approx(wide, rel=0.02)
+
+
+def test_a_run_that_could_not_be_compiled_does_not_try_again(monkeypatch, capsys):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda module: no_compiler)
+    assert call(train, *TINY, "--max_steps", 1, "--compile", "on") == 0
+    assert "torch.compile does not work here (no compiler)" in capsys.readouterr().out
+    assert load_checkpoint("checkpoints/latest.pt")["config"]["compile"] == "off"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

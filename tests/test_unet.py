@@ -189,7 +189,7 @@ def test_checkpointing_gives_the_same_gradients_for_less_memory(dropout):
     for model.grad_checkpoint in (False, True):
         tensors = []  # held, so that no two of them have one address
         torch.manual_seed(0)  # of the dropout
-        with saved_tensors_hooks(lambda tensor: tensors.append(tensor) or tensor, lambda tensor: tensor):
+        with saved_tensors_hooks(lambda tensor, kept=tensors: kept.append(tensor) or tensor, lambda tensor: tensor):
             output = model(x, t, labels, augment_labels=noise(4, 5))
         model.zero_grad()
         output.square().mean().backward()
@@ -211,7 +211,8 @@ def test_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("wrong", [
     dict(width=0), dict(blocks=0), dict(channels=0), dict(groups=0), dict(head_width=0),
-    dict(multipliers=(1, 0)), dict(multipliers=()), dict(multipliers=[]), dict(width=40), dict(width=15, groups=15, head_width=15), dict(head_width=60),
+    dict(multipliers=(1, 0)), dict(multipliers=()), dict(multipliers=[]),
+    dict(width=40), dict(width=15, groups=15, head_width=15), dict(head_width=60),
     dict(dropout=1.0), dict(dropout=-0.1),
 ])
 def test_impossible_networks_are_refused(wrong):

@@ -56,7 +56,7 @@ def main() -> None:
             raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
         if settings.guidance is None:
-            settings.guidance = DEFAULT_GUIDANCE if pipeline.learned_without_labels else 1.0
+            settings.guidance = DEFAULT_GUIDANCE if pipeline.supports_guidance else 1.0
 
         # Draw.
         requested = [types for types in SINGLES for _ in range(settings.num_images)]

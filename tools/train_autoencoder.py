@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
@@ -66,13 +65,14 @@ PRESETS = {
 
 
 def main() -> None:
-    dist = DistEnv()
-    with dist.one_voice(), one_line_errors():
+    with one_line_errors():
+        dist = DistEnv()
+    with dist.main_process_output(), one_line_errors():
         config, checkpoint, notice = configure(Config, PRESETS, "Train an autoencoder on a folder of images.",
                                                "python -m tools.train_autoencoder")
         if notice:
             print(notice)
-        with memory_advice(config.batch_size, config.grad_accum):
+        with memory_advice(config.batch_size, config.grad_accum, dist.world_size):
             final = train(config, checkpoint, dist)
         print(f"done: images beside their reconstructions in outputs/{config.run_name}/; to learn the latents: python "
               f"train.py --autoencoder {final}")
@@ -93,7 +93,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> P
     if config.image_size % network.factor or config.image_size < 16:
         raise ValueError(f"--image_size must be a multiple of {network.factor} that is at least 16, for this "
                          f"autoencoder; {config.image_size} is not")
-    images = load_run_images(config, checkpoint)
+    run_images = load_run_images(config, checkpoint)
 
     # Model and loss.
     torch.manual_seed(seed_from(config.seed, stream="weights"))
@@ -101,31 +101,32 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> P
     latent_shape = net.latent_shape(config.image_size)
     print(f"network    {count_parameters(net):,} parameters; 3 x {config.image_size} x {config.image_size} to "
           f"{' x '.join(map(str, latent_shape))} and back")
-    loss = AutoencoderLoss(latent_shape, device, precision, config.augment, config.edge_weight, config.kl_weight)
+    loss = AutoencoderLoss(latent_shape, precision, augment=config.augment, edge_weight=config.edge_weight,
+                           kl_weight=config.kl_weight)
 
     # Optimizer and step.
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
-    total_steps = Timetable(config, len(images.dataset)).total_steps
+    total_steps = Timetable(config, len(run_images.dataset)).total_steps
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps)
 
     # Loop, measured on images that are not trained on.
-    originals, origin = images_to_measure(config, images)
+    originals, origin = images_to_measure(config, run_images)
     print(f"measured   on {len(originals)} {origin}")
 
-    def measure(ema: nn.Module) -> dict[str, float]:
-        reconstructed = reconstruct(ema, originals, device, precision)
+    def measure() -> dict[str, float]:
+        reconstructed = reconstruct(step.ema, originals, device, precision)
         figures = dict(psnr=psnr(reconstructed, originals).mean().item(),
                        ssim=ssim(reconstructed, originals).mean().item())
         tqdm.write(f"reconstructed {origin}: PSNR {figures['psnr']:.2f} dB, SSIM {figures['ssim']:.4f}")
         return figures
 
-    def draw_grid(ema: nn.Module, path: Path) -> None:
+    def draw_grid(path: Path) -> None:
         shown = originals[: config.num_samples]
-        pairs = torch.stack([shown, reconstruct(ema, shown, device, precision)], dim=1).flatten(0, 1)
+        pairs = torch.stack([shown, reconstruct(step.ema, shown, device, precision)], dim=1).flatten(0, 1)
         image_grid(to_uint8(pairs), columns=8).save(path)
 
     content = dict(autoencoder=dict(config=asdict(network)))
-    return training_loop(config, images, step, draw_grid, content, checkpoint, measure, ("psnr", "ssim"))
+    return training_loop(config, run_images, step, draw_grid, content, checkpoint, measure, ("psnr", "ssim"))
 
 
 @torch.no_grad()

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
-import torch
-
 from training.augment import AUGMENT_MODES
 from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
-from training.distributed import DistEnv
 from training.run_dir import find_run
 from utils.cli import (
     MAX_SEED,
@@ -26,8 +22,9 @@ from utils.cli import (
     setting,
 )
 from utils.device import PRECISIONS
+from utils.errors import is_out_of_memory
 
-Config = TypeVar("Config", bound="TrainingConfig")
+ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 
 
 @dataclass
@@ -46,12 +43,12 @@ class TrainingConfig:
     epochs: int = setting(2000, "passes over the data", above=0)
     max_steps: int = setting(0, "stop after this many steps; 0: never", least=0)
     batch_size: int = setting(16, "images per step, of all processes together", above=0)
-    grad_accum: int = setting(1, "parts in which a step's images go through the network one after another: more parts "
-                                 "take less memory and change nothing else", above=0)
+    grad_accum: int = setting(1, "micro-batches per step (gradient accumulation): less memory, the same training",
+                              above=0)
     lr: float = setting(1e-4, "learning rate of Adam", above=0)
     lr_schedule: str = setting("constant", "cosine: the rate falls to 0 at the end", ("constant", "cosine"))
-    warmup_steps: int = setting(0, "steps over which the rate rises from 0", least=0)
-    clip_grad: float = setting(1.0, "largest norm of the gradient", above=0)
+    warmup_steps: int = setting(0, "steps of linear learning-rate warm-up", least=0)
+    clip_grad: float = setting(1.0, "gradient clipping: maximum norm", above=0)
     ema_decay: float = setting(0.9999, "decay per step of the weights' moving average (EMA), lower at the start; "
                                        "below 1", least=0, below=1)
     seed: int = setting(0, "seed of weights, order, noise and augmentation", least=0, most=MAX_SEED)
@@ -64,8 +61,8 @@ class TrainingConfig:
     keep: int = setting(0, "number of newest milestones to keep, besides those of --milestones; 0: all", least=0)
     save_every: float = setting(10.0, "minutes between saves of checkpoints/latest.pt", least=0)
 
-    workers: int = setting(-1, "processes that decode images, if the folder does not fit in memory, for each process "
-                               "that trains; -1: one per core, at most 8", least=-1)
+    workers: int = setting(-1, "DataLoader workers per training process, if the images do not fit in memory; -1: one "
+                               "per core, at most 8", least=-1)
     device: str = device_setting()
     precision: str = setting("auto", "of the network's arithmetic; auto: bf16 where the device computes in it; fp16 is "
                                      "for GPUs that do not", PRECISIONS)
@@ -82,8 +79,8 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def configure(config_class: type[Config], presets: dict[str, dict], description: str, prog: str
-              ) -> tuple[Config, dict[str, Any] | None, str]:
+def configure(config_class: type[ConfigT], presets: dict[str, dict], description: str, prog: str
+              ) -> tuple[ConfigT, dict[str, Any] | None, str]:
     """Read the command line of a training script.
 
     Returns:
@@ -117,7 +114,7 @@ def _parse_flags(config_class: type, presets: dict[str, dict], description: str,
     return given_settings(parser)
 
 
-def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_class: type[Config]) -> Config:
+def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_class: type[ConfigT]) -> ConfigT:
     """Combine the settings given with those of the run to resume.
 
     Raises:
@@ -141,17 +138,14 @@ def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_clas
 
 
 @contextlib.contextmanager
-def memory_advice(batch_size: int, grad_accum: int) -> Iterator[None]:
+def memory_advice(batch_size: int, grad_accum: int, world_size: int) -> Iterator[None]:
     """Turn running out of memory into a ValueError that says what to try."""
     try:
         yield
         return
-    except (torch.OutOfMemoryError, MemoryError):
-        pass
-    except RuntimeError as error:  # what a CPU's allocator raises
-        if not re.search("allocate memory|not enough memory|size calculation overflowed", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
-    world_size = DistEnv().world_size
     here = batch_size // world_size
     finer = [parts for parts in range(2 * grad_accum, here + 1) if here % parts == 0]
     if finer:

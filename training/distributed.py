@@ -39,10 +39,13 @@ class DistEnv:
     """
 
     def __init__(self):
-        started = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
-        self.rank = int(os.environ["RANK"]) if started else 0
-        self.world_size = int(os.environ["WORLD_SIZE"]) if started else 1
-        self.local_rank = int(os.environ["LOCAL_RANK"]) if started else 0
+        self.rank, self.world_size, self.local_rank = 0, 1, 0
+        if {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+            try:
+                self.rank, self.world_size, self.local_rank = (
+                    int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            except ValueError as error:
+                raise ValueError("RANK, WORLD_SIZE and LOCAL_RANK, which torchrun sets, must be numbers") from error
         self.is_main = self.rank == 0
 
     def pick_device(self, name: str) -> torch.device:
@@ -112,8 +115,8 @@ class DistEnv:
                                  f"machines have the same folders")
 
     @contextlib.contextmanager
-    def one_voice(self) -> Iterator[None]:
-        """Silence all processes but the main one, and end each of several here, whether well or not.
+    def main_process_output(self) -> Iterator[None]:
+        """Print from the main process only; of several processes, end each at the end of the block.
 
         Use it around `utils.errors.one_line_errors`. Nothing after the `with` block happens in several processes.
         """

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from training.batches import make_loader
@@ -29,12 +28,12 @@ MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which traini
 
 def training_loop(
     config: TrainingConfig,                            # settings
-    images: RunImages,                                 # data set, held-out names
+    run_images: RunImages,                             # data set, held-out names
     step: TrainingStep,                                # network, EMA, optimizer, and the update
-    draw_grid: Callable[[nn.Module, Path], None],      # writes an image that shows what the EMA can do
+    draw_grid: Callable[[Path], None],                 # writes an image that shows what the EMA can do
     content: dict[str, Any],                           # of a checkpoint besides the weights, to rebuild the network
     checkpoint: dict[str, Any] | None = None,          # latest.pt to resume from
-    measure: Callable[[nn.Module], dict[str, float]] = lambda ema: {},  # further columns of metrics.csv
+    measure: Callable[[], dict[str, float]] = dict,    # further columns of metrics.csv
     measured: tuple[str, ...] = (),                    # and their names
 ) -> Path:
     """Train to the end of the run and return the path of the final checkpoint.
@@ -42,27 +41,27 @@ def training_loop(
     Raises:
         ValueError: if gradients stay non-finite.
         OSError: if the training is done but could not be saved.
-        SystemExit: with 128 + signal, after saving, if the run was told to stop.
+        SystemExit: with 128 + signal, after saving, if SIGINT or SIGTERM came.
     """
     # Start or resume.
-    dataset, dist, timetable = images.dataset, step.dist, Timetable(config, len(images.dataset))
+    dataset, dist, timetable = run_images.dataset, step.dist, Timetable(config, len(run_images.dataset))
     number = start_or_resume(config, step, timetable, checkpoint)
     run = RunDir(config, checkpoint["history"] if checkpoint else [], [*COLUMNS, *measured], new=checkpoint is None,
                  is_main=dist.is_main)
-    save = Saver(config, images, step, content, run, timetable)
-    print_plan(config, images, step, timetable, run)
+    writer = Writer(config, run_images, step, draw_grid, content, run, timetable)
+    print_plan(config, run_images, step, timetable, run)
     dist.init(step.device)
-    dist.check_same((images.fingerprint, number), "images and checkpoint")
+    dist.check_same((run_images.fingerprint, number), "images and checkpoint")
     step.begin()
     if config.compile == "on" and number < timetable.last_step:
         config.compile = "on" if step.compile(*dataset.__getitems__([0])) else "off"
-    catch_up(run, save, timetable, draw_grid, step.ema, number)
+    writer.catch_up(number)
 
     # Load data.
     loader = make_loader(dataset, config.batch_size, config.seed, number, timetable.last_step, config.workers,
                          step.rank_slice, pin_memory=step.device.type == "cuda")
     progress = ProgressBar(config, timetable, step, number)
-    saved, stop = True, 0
+    saved, stop_signal = True, 0
     for batch, labels in loader:
         # Optimisation step.
         step(batch, labels, number)
@@ -70,8 +69,8 @@ def training_loop(
         progress.update(number)
 
         # Agree on stopping and saving, and look for skipped steps.
-        stop = dist.all_max(run.stop.signal)  # the processes stop after the same step
-        save_now = stop or number == timetable.last_step or run.save_due()
+        stop_signal = dist.all_max(run.stop.signal)  # the processes stop after the same step
+        save_now = stop_signal or number == timetable.last_step or run.save_due()
         if save_now or timetable.ends_epoch(number) or number % 20 == 0:
             stats = step.stats()
             progress.report_skipped(stats, number, run.checkpoints)
@@ -80,23 +79,23 @@ def training_loop(
             # End of epoch: metrics and milestone.
             if timetable.ends_epoch(number):
                 run.log(metrics_row(config, stats, number, timetable)
-                        | (measure(step.ema) if timetable.shows_progress(number) else {}))
+                        | (measure() if timetable.shows_progress(number) else {}))
                 step.reset_counts()
                 progress.reported = 0
                 if timetable.is_milestone(number):
-                    saved = save.milestone(number)
+                    writer.milestone(number)
 
             # Save, then draw samples.
             if save_now:
-                saved = save.latest(number)
-            if timetable.shows_progress(number) and (number == timetable.last_step or not stop):
-                show_progress(run, timetable, draw_grid, step.ema, number)
-        if stop:
+                saved = writer.latest(number)
+            if timetable.shows_progress(number) and (number == timetable.last_step or not stop_signal):
+                writer.show_progress(number)
+        if stop_signal:
             break
 
     # Finish.
     progress.close()
-    return finish(config, run, save, step, timetable, number, saved, stop)
+    return writer.finish(number, saved, stop_signal)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,36 +118,18 @@ def start_or_resume(config: TrainingConfig, step: TrainingStep, timetable: Timet
     return number
 
 
-def print_plan(config: TrainingConfig, images: RunImages, step: TrainingStep, timetable: Timetable,
+def print_plan(config: TrainingConfig, run_images: RunImages, step: TrainingStep, timetable: Timetable,
                run: RunDir) -> None:
     """Print the device, the data and the length of the run."""
     processes = f", {step.dist.world_size} processes" if step.dist.world_size > 1 else ""
-    held_out = f"; {len(images.held_out):,} held out" if images.held_out else ""
+    held_out = f"; {len(run_images.held_out):,} held out" if run_images.held_out else ""
     print(f"device     {describe_device(step.device)}, {step.precision}{processes}")
-    print(f"images     {len(images.dataset):,} of {config.image_size} x {config.image_size} from {config.data}, "
+    print(f"images     {len(run_images.dataset):,} of {config.image_size} x {config.image_size} from {config.data}, "
           f"augmentation: {config.augment}{held_out}")
-    if images.dataset.class_names:
-        print(f"types      {', '.join(images.dataset.class_names)}")
+    if run_images.dataset.class_names:
+        print(f"types      {', '.join(run_images.dataset.class_names)}")
     print(f"training   {config.epochs:,} epochs of {timetable.steps_per_epoch:,} steps of {config.batch_size} images; "
           f"grids in {run.outputs}/, weights in {run.checkpoints}/")
-
-
-def catch_up(run: RunDir, save: Saver, timetable: Timetable, draw_grid: Callable[[nn.Module, Path], None],
-             ema: nn.Module, number: int) -> None:
-    """Write what a kill between the save and the rest of its step has prevented."""
-    if number > 0 and not (run.outputs / timetable.grid_name(number)).exists() and timetable.shows_progress(number):
-        show_progress(run, timetable, draw_grid, ema, number)
-    if timetable.is_milestone(number) and not (run.checkpoints / timetable.milestone_name(number)).exists():
-        save.milestone(number)
-    if number >= timetable.last_step:
-        print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to continue")
-
-
-def show_progress(run: RunDir, timetable: Timetable, draw_grid: Callable[[nn.Module, Path], None], ema: nn.Module,
-                  number: int) -> None:
-    """Update the loss curve and draw the sample grid."""
-    run.write("loss.png", run.draw_loss)
-    run.write(timetable.grid_name(number), lambda path: draw_grid(ema, path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -224,59 +205,62 @@ def announce_duration(seconds: float, device: torch.device) -> None:
                    "(Ctrl-C stops this run and saves it)")
 
 
-class Saver:
-    """The checkpoints of a run: what goes into which."""
+class Writer:
+    """What a run writes: checkpoints, sample grids, and the end."""
 
-    def __init__(self, config: TrainingConfig, images: RunImages, step: TrainingStep, content: dict[str, Any],
-                 run: RunDir, timetable: Timetable):
-        self.config, self.images, self.step, self.content = config, images, step, content
-        self.run, self.timetable = run, timetable
+    def __init__(self, config: TrainingConfig, run_images: RunImages, step: TrainingStep,
+                 draw_grid: Callable[[Path], None], content: dict[str, Any], run: RunDir, timetable: Timetable):
+        self.config, self.run_images, self.step, self.draw_grid = config, run_images, step, draw_grid
+        self.content, self.run, self.timetable = content, run, timetable
+
+    def catch_up(self, number: int) -> None:
+        """Write what a kill between the save and the rest of its step has prevented."""
+        run, timetable = self.run, self.timetable
+        if number > 0 and timetable.shows_progress(number) and not (run.outputs / timetable.grid_name(number)).exists():
+            self.show_progress(number)
+        if timetable.is_milestone(number) and not (run.checkpoints / timetable.milestone_name(number)).exists():
+            self.milestone(number)
+        if number >= timetable.last_step:
+            print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to continue")
+
+    def show_progress(self, number: int) -> None:
+        """Update the loss curve and draw the sample grid."""
+        self.run.write("loss.png", self.run.draw_loss)
+        self.run.write(self.timetable.grid_name(number), self.draw_grid)
 
     def _save(self, name: str, number: int, **more: Any) -> bool:
         return self.run.save(name, **self.content, ema=self.step.ema.state_dict(), config=asdict(self.config),
-                             types=list(self.images.dataset.class_names), held_out=self.images.held_out, step=number,
-                             epoch=self.timetable.epoch(number), **more)
+                             types=list(self.run_images.dataset.class_names), held_out=self.run_images.held_out,
+                             step=number, epoch=self.timetable.epoch(number), **more)
 
     def latest(self, number: int) -> bool:
         """Write latest.pt, from which a run resumes; return whether that worked."""
         return self._save("latest.pt", number, **self.step.state(), history=self.run.history,
-                          num_images=len(self.images.dataset), fingerprint=self.images.fingerprint)
+                          num_images=len(self.run_images.dataset), fingerprint=self.run_images.fingerprint)
 
-    def milestone(self, number: int) -> bool:
-        """Write epoch_XXXX.pt; return whether latest.pt is up to date."""
-        saved = True
-        if not (self.run.checkpoints / "latest.pt").exists():  # without it, the milestone could not be resumed
-            saved = self.latest(number)
+    def milestone(self, number: int) -> None:
+        """Write epoch_XXXX.pt, after a first latest.pt, without which it could not be resumed."""
+        if not (self.run.checkpoints / "latest.pt").exists():
+            self.latest(number)
         self._save(self.timetable.milestone_name(number), number)
         self.run.prune_milestones(self.config.keep, self.config.milestones)
-        return saved
 
-    def final(self, number: int) -> bool:
-        """Write final_model.pt; return whether that worked."""
-        return self._save("final_model.pt", number)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# end
-
-
-def finish(config: TrainingConfig, run: RunDir, save: Saver, step: TrainingStep, timetable: Timetable, number: int,
-           saved: bool, stop: int) -> Path:
-    """Write the final checkpoint, or end the program if the run was stopped."""
-    if not saved:
-        raise OSError(f"could not save step {number:,} (disk full?); {run.checkpoints}/latest.pt is older. Free some "
-                      f"space and run --resume, which repeats the steps since then")
-    if stop and number < timetable.last_step:
-        step.dist.finalize()
-        name = f" --run_name {config.run_name}" if config.run_name else ""
-        print(f"stopped at step {number:,} of {timetable.last_step:,} and saved; continue with: {command()} "
-              f"--resume{name}")
-        sys.exit(128 + stop)
-    if not save.final(number):
-        raise OSError(f"the training is done, but {run.checkpoints}/final_model.pt could not be written. Free some "
-                      f"space and run --resume, which writes it")
-    step.dist.finalize()
-    return run.checkpoints / "final_model.pt"
+    def finish(self, number: int, saved: bool, stop_signal: int) -> Path:
+        """Write final_model.pt and return its path, or end the program if the run was stopped."""
+        checkpoints, last_step = self.run.checkpoints, self.timetable.last_step
+        if not saved:
+            raise OSError(f"could not save step {number:,} (disk full?); {checkpoints}/latest.pt is older. Free some "
+                          f"space and run --resume, which repeats the steps since then")
+        if stop_signal and number < last_step:
+            self.step.dist.finalize()
+            name = f" --run_name {self.config.run_name}" if self.config.run_name else ""
+            print(f"stopped at step {number:,} of {last_step:,} and saved; continue with: {command()} --resume{name}")
+            sys.exit(128 + stop_signal)
+        if not self._save("final_model.pt", number):
+            raise OSError(f"the training is done, but {checkpoints}/final_model.pt could not be written. Free some "
+                          f"space and run --resume, which writes it")
+        self.step.dist.finalize()
+        return checkpoints / "final_model.pt"
 
 
 def command() -> str:

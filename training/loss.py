@@ -1,6 +1,6 @@
 """The losses: what a network is trained to minimise, and the random numbers that a step needs for it.
 
-    loss = DiffusionLoss(scheduler, space, image_size=64, device=device, precision="bf16")
+    loss = DiffusionLoss(scheduler, space, image_size=64, precision="bf16")
     randomness = loss.draw_randomness(16, generator)           # augmentation, timesteps, noise, label dropout
     value = loss(net, images, labels, *randomness)             # scalar
 
@@ -29,7 +29,6 @@ class DiffusionLoss:
     scheduler: NoiseScheduler
     space: PixelSpace | LatentSpace
     image_size: int
-    device: torch.device
     precision: str
     augment: str = "full"
     prediction: str = "eps"
@@ -58,7 +57,7 @@ class DiffusionLoss:
         """
         x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
         x_t = self.scheduler.add_noise(x_0, t, noise)
-        with autocast(self.device, self.precision):
+        with autocast(x_t.device, self.precision):
             output = net(x_t, t, labels * keep_label, augment_labels=augment_labels)
         target = self.scheduler.target(self.prediction, x_0, t, noise)
         error = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
@@ -81,7 +80,6 @@ class AutoencoderLoss:
     """Reconstruction plus KL divergence; the settings of tools/train_autoencoder.py explain the fields."""
 
     latent_shape: tuple[int, int, int]
-    device: torch.device
     precision: str
     augment: str = "full"
     edge_weight: float = 1.0
@@ -103,7 +101,7 @@ class AutoencoderLoss:
         (Kingma & Welling 2014, appendix B).
         """
         x, _ = augment(images, mode=self.augment, augment_rand=augment_rand)
-        with autocast(self.device, self.precision):
+        with autocast(x.device, self.precision):
             output, mean, log_variance = net(x, noise)
         error = output.float() - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()

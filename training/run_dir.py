@@ -1,6 +1,6 @@
 """Run management: folders, locking, checkpoints, metrics and signals.
 
-A failed write is reported once and retried; it never stops training.
+A failed write (a full or failing disk) is reported once and retried; it does not stop training.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def find_run(run_name: str, config_class: type, resume: bool) -> dict[str, Any] 
     settings, defaults = content.get("config"), {declared.name: declared.default for declared in fields(config_class)}
     if isinstance(settings, dict) and settings.keys() - defaults.keys():
         unknown = ", ".join(sorted(map(str, settings.keys() - defaults.keys())))
-        raise CheckpointError(f"{path} cannot be resumed: it has settings that this version does not know ({unknown})")
+        raise CheckpointError(f"{path} cannot be resumed: it is of another command or version, with settings that are "
+                              f"unknown here ({unknown})")
     if not isinstance(settings, dict) or not _complete(content, {**defaults, **settings}, defaults):
         raise CheckpointError(f"{path} cannot be resumed: it is not the latest.pt of a run of this version")
     content["config"] = {**defaults, **settings}
@@ -146,7 +147,7 @@ class RunDir:
     Attributes:
         outputs, checkpoints: the folders.
         history: one row per epoch, as in metrics.csv.
-        stop: true once the run was told to stop.
+        stop: true once SIGINT or SIGTERM came.
     """
 
     def __init__(self, config: Any, history: list[dict], columns: Sequence[str], new: bool, is_main: bool = True):

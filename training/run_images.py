@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from critters import UNSEEN_SEEDS
 from training.augment import augment
+from training.config import TrainingConfig
 from training.dataset import ImageFolder, held_out_names, image_names, load_images
 
 MAX_MEASURED = 100  # images that an autoencoder's PSNR is measured with
@@ -33,7 +34,7 @@ class RunImages:
     fingerprint: str
 
 
-def load_run_images(config: Any, checkpoint: dict[str, Any] | None) -> RunImages:
+def load_run_images(config: TrainingConfig, checkpoint: dict[str, Any] | None) -> RunImages:
     """Load a run's images. A resumed run holds out what it held out before, whatever was added to the folder.
 
     Raises:
@@ -78,7 +79,7 @@ def plain_batches(dataset: ImageFolder) -> Iterator[torch.Tensor]:
         yield augment(dataset.__getitems__(indices.tolist())[0], mode="none")[0]
 
 
-def images_to_measure(config: Any, images: RunImages) -> tuple[torch.Tensor, str]:
+def images_to_measure(config: TrainingConfig, images: RunImages) -> tuple[torch.Tensor, str]:
     """Choose up to 100 images to measure an autoencoder with.
 
     They are held-out images or, for critters without --holdout, ones of another seed; else training images.

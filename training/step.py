@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training.config import TrainingConfig
 from training.distributed import DistEnv
 from utils.checkpoint import CheckpointError, check_finite
 from utils.cuda_graph import CUDAGraphed
@@ -37,7 +38,7 @@ def adam_options(lr: float, device: torch.device) -> dict[str, Any]:
     return dict(lr=rate, fused=device.type in ("cuda", "cpu"), capturable=on_gpu)
 
 
-def learning_rate(config: Any, step: int, total_steps: int) -> float:
+def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Return the learning rate of a step: linear warm-up, then constant or half a cosine down to 0."""
     rise = min(1.0, (step + 1) / max(1, config.warmup_steps))
     fall = 0.5 * (1 + math.cos(math.pi * step / total_steps)) if config.lr_schedule == "cosine" else 1.0
@@ -72,11 +73,11 @@ class TrainingStep:
 
     Attributes:
         raw_net, ema: the network and its exponential moving average, from which samples are drawn.
-        ddp: the network with gradients averaged over processes.
-        net: `ddp`, compiled if `compile` succeeded.
+        ddp: the network with gradients averaged over processes; from `begin` on.
+        net: `ddp`, compiled if `compile` succeeded; from `begin` on.
     """
 
-    def __init__(self, net: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, config: Any,
+    def __init__(self, net: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, config: TrainingConfig,
                  device: torch.device, precision: str, dist: DistEnv, total_steps: int):
         self.raw_net, self.loss, self.optimizer, self.config = net, loss, optimizer, config
         self.device, self.precision, self.dist, self.total_steps = device, precision, dist, total_steps

@@ -1,9 +1,10 @@
-"""When a run does what: steps, epochs, milestones, sample grids."""
+"""Schedule of a run: epochs, milestones, sample grids, last step."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+
+from training.config import TrainingConfig
 
 
 class Timetable:
@@ -15,7 +16,7 @@ class Timetable:
         last_step: where this run ends: `total_steps`, or earlier with --max_steps.
     """
 
-    def __init__(self, config: Any, num_images: int):
+    def __init__(self, config: TrainingConfig, num_images: int):
         self.config = config
         self.steps_per_epoch = math.ceil(num_images / config.batch_size)
         self.total_steps = config.epochs * self.steps_per_epoch

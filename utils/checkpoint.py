@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or not there, and data, never code. What they mean is in models/pipeline.py.
+"""Checkpoint files: written atomically, loaded without running code. models/pipeline.py gives them meaning.
 
     save_checkpoint("checkpoints/latest.pt", ema=net.state_dict(), config=...)
     content = load_checkpoint("checkpoints/latest.pt")

@@ -58,7 +58,7 @@ def device_setting() -> Any:
 
 
 def precision_setting() -> Any:
-    return setting("auto", "precision of the network's arithmetic; auto: bf16 where the device computes in it",
+    return setting("auto", "compute precision; auto: bf16 where the device computes in it",
                    PRECISIONS)
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -30,12 +31,22 @@ def one_line_errors(out_of_memory: str = "give a smaller --batch_size") -> Itera
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError):
-        sys.exit(f"error: out of memory; {out_of_memory}")
     except (UserError, ValueError, OSError) as error:
         sys.exit(f"error: {printable(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"error: out of memory; {out_of_memory}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the memory of the device or the machine did not suffice."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and bool(  # what a CPU's allocator raises
+        re.search("allocate memory|not enough memory|size calculation overflowed", str(error)))
 
 
 def printable(text: object) -> str:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: write beside the target, then rename."""
+"""Atomic file replacement: write beside the target, then rename."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from tools.benchmark.tables import profile_table, sampling_table, training_table
 from training.augment import AUGMENT_MODES
 from unet import UNetConfig, default_multipliers
 from utils.cli import device_setting, parse, precision_setting, setting
-from utils.cuda_graph import CUDAGraphed
+from utils.cuda_graph import ORDINARY_CALLS
 from utils.device import describe_device, peak_memory, pick_device, pick_precision, use_fast_kernels
 from utils.errors import first_line, one_line_errors
 from utils.files import replacing
@@ -165,7 +165,7 @@ def choose_trainers(settings: Settings, precision: str) -> list[str]:
 def print_memory(unet_config: UNetConfig, settings: Settings, device: torch.device, precision: str) -> None:
     """Print the peak memory of a few training steps; `compare` calls this in a process of its own."""
     trainer, trainer_precision = trainers(precision)[settings.memory_of]
-    steps = CUDAGraphed.ORDINARY_CALLS + 2 if device.type == "cuda" else 3  # past the recording
+    steps = ORDINARY_CALLS + 2 if device.type == "cuda" else 3  # past the recording
     trainer(unet_config, settings, device, trainer_precision).run(steps)
     print(peak_memory())
 

@@ -77,7 +77,7 @@ class PokeDiff(Trainer):
         self.net.to(memory_format=memory_format(device, training=True))
         config = SimpleNamespace(batch_size=settings.batch_size, grad_accum=1, lr=1e-4, lr_schedule="constant", seed=0,
                                  warmup_steps=0, clip_grad=1.0, ema_decay=0.9999)
-        loss = DiffusionLoss(self.scheduler, self.space, settings.image_size, device, precision, settings.augment)
+        loss = DiffusionLoss(self.scheduler, self.space, settings.image_size, precision, augment=settings.augment)
         optimizer = torch.optim.Adam(self.net.parameters(), **adam_options(config.lr, device))
         self.training_step = TrainingStep(self.net, loss, optimizer, config, device, precision, DistEnv(), TOTAL_STEPS)
         self.training_step.begin()

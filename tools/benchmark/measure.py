@@ -140,10 +140,13 @@ def make_pipeline(trainer: PokeDiff, image_size: int, precision: str) -> Pipelin
 def time_passes(pipeline: Pipeline, sampler: str, steps: int, settings: Any) -> tuple[float, int]:
     """Return the mean seconds of a sampler's network passes, and how many were timed.
 
-    All passes cost the same but the first, on CUDA, which is recorded. So a slow machine makes only some of them, at
-    least `settings.passes`, and stops after `settings.seconds`.
+    All passes cost the same, so a slow machine makes only some of them, at least `settings.passes`, and stops after
+    `settings.seconds`.
     """
     ends: list[float] = []
+    seeds = range(settings.num_images)
+    if pipeline.device.type == "cuda":  # the first passes choose kernels and record them
+        pipeline.sample(seeds, sampler=sampler, steps=min(steps, 4), batch_size=settings.num_images)
 
     def after_step(*_: Any) -> None:
         synchronize(pipeline.device)
@@ -152,8 +155,7 @@ def time_passes(pipeline: Pipeline, sampler: str, steps: int, settings: Any) -> 
             raise TimedEnough
 
     try:
-        pipeline.sample(range(settings.num_images), sampler=sampler, steps=steps, batch_size=settings.num_images,
-                        callback=after_step)
+        pipeline.sample(seeds, sampler=sampler, steps=steps, batch_size=settings.num_images, callback=after_step)
     except TimedEnough:
         pass
     passes = len(ends) - 1
