@@ -103,6 +103,12 @@ def test_the_slices_of_the_processes_make_the_batch():
         dist.rank_slice(15, 2)
 
 
+def test_an_environment_that_torchrun_did_not_set_is_refused(monkeypatch, capsys):
+    for name, value in dict(RANK="0", WORLD_SIZE="two", LOCAL_RANK="0", MASTER_ADDR="localhost").items():
+        monkeypatch.setenv(name, value)
+    assert_one_line(call(train, *TINY), capsys, "WORLD_SIZE", "must be numbers")
+
+
 @pytest.mark.parametrize("is_main", [True, False])
 @pytest.mark.parametrize("error, message, status", [
     (None, "", 0),
