@@ -1,6 +1,7 @@
 """Train a diffusion model on a folder of images.
 
     python train.py --preset quick                       # creatures in minutes, on a CPU, from nothing
+    python train.py --preset maker --data my_images      # 128 x 128, from a few hundred images, overnight on a CPU
     python train.py                                      # the reference model on data/pokemon_jpg/, for a GPU
     python train.py --data my_images --image_size 32     # your own folder
     python train.py --resume                             # continue a stopped run
@@ -11,23 +12,27 @@ Sample grids, the loss curve and metrics.csv go to outputs/, weights to checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import io
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler
+from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.pipeline import Pipeline, checked_space, load_space
 from models.space import LatentSpace, PixelSpace
 from reverse_diffusion import SAMPLERS
+from training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
 from training.config import TrainingConfig, configure, memory_advice
 from training.dataset import encode_dataset
 from training.distributed import DistEnv
-from training.loop import training_loop
+from training.loop import Stage, time_training, training_loop
 from training.loss import DiffusionLoss
-from training.run_dir import run_folder
+from training.run_dir import FIRST_STAGE, find_run, run_folder
 from training.run_images import load_run_images, plain_batches
 from training.step import TrainingStep, adam_options
 from training.timetable import Timetable
@@ -38,6 +43,9 @@ from utils.errors import one_line_errors
 from utils.images import square_grid
 from utils.seeding import seed_from
 
+OWN = "own"  # --autoencoder: train one in the same run
+T = TypeVar("T")
+
 
 @dataclass
 class Config(TrainingConfig):
@@ -45,8 +53,9 @@ class Config(TrainingConfig):
 
     labels: str = setting("auto", "source of the images' types; auto: labels.csv in the folder (columns file,types), "
                                   "else the names of its sub-folders; none; or another csv file")
-    autoencoder: str = setting("", "checkpoint of a tools.train_autoencoder run, to learn the latents of the images "
-                                   "(default: learn their pixels)")
+    autoencoder: str = setting("", "checkpoint of a tools.train_autoencoder run, to learn the latents of the images; "
+                                   "own: train one first, in the same run (default: learn the pixels)")
+    autoencoder_epochs: int = setting(40, "epochs of an autoencoder of one's own", above=0)
     init: str = setting("", "start from the EMA weights of this checkpoint of the same architecture (default: random "
                             "weights)")
     width: int = setting(64, "channels at the network's first level")
@@ -90,27 +99,47 @@ PRESETS = {
         epochs=45, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999,
         sampler="sde-dpm++", sample_steps=20, sample_every=15, num_samples=64,
     ),
+    # A few hundred images of one's own at 128 x 128: an autoencoder first (OWN_AUTOENCODER), then a diffusion in its
+    # latents of 16 x 16, where a small network sees the whole image at once.
+    "maker": dict(
+        image_size=128, autoencoder="own", width=96, multipliers=(1, 2), dropout=0.1, label_dropout=0.2,
+        schedule="cosine", prediction="v", epochs=2000, lr=5e-4, warmup_steps=200, ema_decay=0.9995,
+        sampler="sde-dpm++", sample_steps=20, sample_every=25, num_samples=64,
+    ),
 }
+
+# The autoencoder of `--autoencoder own`: 8 x 16 x 16 numbers for 3 x 128 x 128.
+OWN_AUTOENCODER = dict(channels=8, multipliers=(1, 2, 4), colour_shortcut=True, kl_weight=1e-4, sample_every=5)
 
 
 def main() -> None:
     with one_line_errors():
         dist = DistEnv()
     with dist.main_process_output(), one_line_errors():
-        config, checkpoint, notice = configure(Config, PRESETS, "Train a diffusion model on a folder of images.",
-                                               "python train.py")
-        if notice:
-            print(notice)
+        launch = configure(Config, PRESETS, "Train a diffusion model on a folder of images.", "python train.py")
+        config = launch.config
+        launch.print_notice()
         with memory_advice(config.batch_size, config.grad_accum, dist.world_size):
-            final = train(config, checkpoint, dist)
+            if config.autoencoder == OWN and launch.checkpoint is None:
+                train_own_autoencoder(config, launch.resume, dist)
+            final = train(config, launch.checkpoint, dist)
         print(f"done: samples in {run_folder('outputs', config.run_name)}/; for more: python generate.py --checkpoint "
               f"{final}")
-        if notice:
-            print(notice)
+        launch.print_notice()
 
 
-def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> Path:
-    """Train a U-Net to denoise images; return the path of the final checkpoint."""
+def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
+          space: PixelSpace | LatentSpace | None = None, loop: Callable[..., T] = training_loop) -> T:
+    """Train a U-Net to denoise images.
+
+    Args:
+        checkpoint: latest.pt to resume from, or None.
+        space: to train in; None: the one that the settings name.
+        loop: what is done with all that is wired here: `training_loop`, or `time_training`.
+
+    Returns:
+        What the loop returns: of a training, the path of the final checkpoint.
+    """
     # Device.
     device = dist.pick_device(config.device)
     precision = pick_precision(config.precision, device)
@@ -119,7 +148,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> P
 
     # Noise schedule, and the space that it works in: pixels, or the latents of an autoencoder.
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
-    space = find_space(config, checkpoint).to(device, memory_format=memory_format(device))
+    space = (space or find_space(config, checkpoint)).to(device, memory_format=memory_format(device))
     check_settings(config, scheduler)
     unet_config = choose_size(config, space)
     start = Pipeline.load(config.init) if config.init and checkpoint is None else None
@@ -161,13 +190,41 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv) -> P
 
     content = dict(network=dict(kind="unet", config=asdict(net.config)), scheduler=scheduler.config(),
                    autoencoder=space.state())
-    return training_loop(config, run_images, step, draw_grid, content, checkpoint)
+    return loop(config, run_images, step, draw_grid, content, checkpoint)
+
+
+def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
+    """Train the autoencoder of `--autoencoder own`, or continue with it, as the first stage of a run."""
+    shared = {name: getattr(config, name) for name in (
+        "data", "num_critters", "data_seed", "holdout", "image_size", "augment", "seed", "save_every", "workers",
+        "device", "precision", "compile")}
+    own = AutoencoderTrainingConfig(**shared, **OWN_AUTOENCODER, epochs=config.autoencoder_epochs,
+                                    run_name=str(Path(config.run_name, FIRST_STAGE)))
+    folder = run_folder("checkpoints", own.run_name)
+    if resume and (folder / "final_model.pt").exists():
+        return
+    checkpoint = find_run(own.run_name, AutoencoderTrainingConfig, resume and (folder / "latest.pt").exists())
+    print(f"stage 1 of 2: an autoencoder, in {folder}/")
+    stage = Stage(config.run_name, asdict(config), estimate_diffusion(config, dist))
+    train_autoencoder(own, checkpoint, dist, stage)
+    print("stage 2 of 2: a diffusion in its latents")
+
+
+def estimate_diffusion(config: Config, dist: DistEnv) -> float:
+    """Estimate the seconds of the second stage, from some steps in the latents of an untrained autoencoder."""
+    if dist.world_size > 1:  # the processes meet only once, in the first stage
+        return 0.0
+    sizes = {name: OWN_AUTOENCODER[name] for name in ("channels", "multipliers", "colour_shortcut")}
+    space = LatentSpace(Autoencoder(AutoencoderConfig(**sizes)).eval().requires_grad_(False))
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train(replace(config), None, dist, space, loop=time_training)
 
 
 def find_space(config: Config, checkpoint: dict[str, Any] | None) -> PixelSpace | LatentSpace:
     """Return the space of a new run, or that of the run to resume."""
     if checkpoint is None:
-        return load_space(config.autoencoder)
+        own = run_folder("checkpoints", config.run_name) / FIRST_STAGE / "final_model.pt"
+        return load_space(own if config.autoencoder == OWN else config.autoencoder)
     return checked_space(run_folder("checkpoints", config.run_name) / "latest.pt", checkpoint.get("autoencoder"))
 
 

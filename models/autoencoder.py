@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 
@@ -21,12 +22,15 @@ class AutoencoderConfig:
     decoder_blocks: int = 2
     groups: int = 8  # of the group normalisations
     channels: int = 4  # of the latents
+    colour_shortcut: bool = False  # the first three channels also carry the mean colour of each square of pixels
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
         sizes = (self.width, self.encoder_blocks, self.decoder_blocks, self.groups, self.channels, *self.multipliers)
         if min(sizes) < 1 or not self.multipliers:
             raise ValueError(f"every size of the autoencoder must be at least 1: {self}")
+        if self.colour_shortcut and self.channels < 3:
+            raise ValueError(f"a colour shortcut needs at least 3 channels, not {self.channels}")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be normalised in {self.groups} groups; "
@@ -49,6 +53,9 @@ class Autoencoder(nn.Module):
     The encoder predicts a Gaussian for each latent value, the decoder an image from such values. No convolution runs at
     the image's own resolution, which keeps it cheap: squares of 2 x 2 pixels become channels at the start, and channels
     become pixels at the end (Shi et al. 2016).
+
+    With `colour_shortcut` the first three channels also carry the mean colour of each factor x factor square, past the
+    encoder and the decoder, which then learn what is missing (a residual, in the manner of DC-AE, Chen et al. 2024).
 
     Shapes:
         images: [B, 3, H, W] in [-1, 1]; H and W multiples of `factor`.
@@ -91,6 +98,9 @@ class Autoencoder(nn.Module):
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log variance of q(z | image), float32, not normalised."""
         mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
+        if self.config.colour_shortcut:
+            colours = F.avg_pool2d(images.float(), self.factor)
+            mean = torch.cat([mean[:, :3] + colours, mean[:, 3:]], dim=1)
         return mean, log_variance.clamp(-20, 10)  # keeps its exp finite in the first steps of a training
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -99,7 +109,15 @@ class Autoencoder(nn.Module):
         `noise` is standard normal, in the shape of the latents.
         """
         mean, log_variance = self.posterior(images)
-        return self.decoder(mean + (log_variance / 2).exp() * noise), mean, log_variance
+        return self.reconstruct(mean + (log_variance / 2).exp() * noise), mean, log_variance
+
+    def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
+        """Return the images of latents that are not normalised; neither clipped."""
+        images = self.decoder(latents)
+        if self.config.colour_shortcut:
+            colours = F.interpolate(latents[:, :3].float(), scale_factor=float(self.factor), mode="bilinear")
+            images = images.float() + colours
+        return images
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Return the normalised posterior mean, on the network's device."""
@@ -107,7 +125,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the images of normalised latents, clipped to [-1, 1]."""
-        return self.decoder(latents * self.std + self.mean).float().clamp(-1, 1)
+        return self.reconstruct(latents * self.std + self.mean).float().clamp(-1, 1)
 
     def set_normalisation(self, means: torch.Tensor) -> None:
         """Set the statistics from posterior means [N, channels, h, w]."""

@@ -110,7 +110,7 @@ class LatentSpace:
             # Each process measures for itself and all must agree, so kernels are not chosen by timing them.
             with autocast(self.device, precision), torch.backends.cudnn.flags(enabled=True, deterministic=True):
                 means.append(self.autoencoder.posterior(images)[0])
-                psnrs.append(psnr(self.autoencoder.decoder(means[-1]).float().clamp(-1, 1), images))
+                psnrs.append(psnr(self.autoencoder.reconstruct(means[-1]).float().clamp(-1, 1), images))
         self.autoencoder.set_normalisation(torch.cat(means))
         return torch.cat(psnrs).mean().item()
 

@@ -14,6 +14,7 @@ import train
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.pipeline import load_space
 from tools import train_autoencoder
+from training.autoencoder import AutoencoderTrainingConfig
 from training.loss import AutoencoderLoss
 from utils.checkpoint import load_checkpoint
 from utils.cli import check_ranges
@@ -145,4 +146,20 @@ def test_train_py_does_not_resume_a_run_of_the_autoencoder(trained_autoencoder, 
 
 def test_the_presets_are_within_their_ranges():
     for preset in train_autoencoder.PRESETS.values():
-        check_ranges(train_autoencoder.Config(**preset))
+        check_ranges(AutoencoderTrainingConfig(**preset))
+
+
+def test_the_colour_shortcut_carries_the_mean_colours_from_the_start():
+    """An untrained autoencoder with it gives an image of one colour back; one without does not."""
+    image = torch.tensor([0.9, -0.5, 0.2])[None, :, None, None].expand(1, 3, 32, 32)
+    for shortcut in (True, False):
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(AutoencoderConfig(width=8, multipliers=(1, 1, 1), channels=5,
+                                                    colour_shortcut=shortcut))
+        for network in (autoencoder.encoder, autoencoder.decoder):
+            nn.init.zeros_(list(network.parameters())[-2])
+            nn.init.zeros_(list(network.parameters())[-1])
+        error = (autoencoder.decode(autoencoder.encode(image)) - image).abs().max()
+        assert error < 1e-6 if shortcut else error > 0.5
+    with pytest.raises(ValueError, match="at least 3 channels"):
+        AutoencoderConfig(channels=2, colour_shortcut=True)

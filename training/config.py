@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from training.augment import AUGMENT_MODES
 from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
-from training.run_dir import find_run
+from training.run_dir import find_first_stage, find_run
 from utils.cli import (
     MAX_SEED,
     Parser,
@@ -79,13 +79,29 @@ MAY_CHANGE_ON_RESUME = {
 }
 
 
-def configure(config_class: type[ConfigT], presets: dict[str, dict], description: str, prog: str
-              ) -> tuple[ConfigT, dict[str, Any] | None, str]:
-    """Read the command line of a training script.
+@dataclass
+class Launch:
+    """How a training starts.
 
-    Returns:
-        The settings of this run; the latest.pt to resume, or None; and a notice to show at the start and at the end,
-        if the run trains on something else than one may expect.
+    Attributes:
+        config: its settings.
+        checkpoint: the latest.pt to resume, or None.
+        resume: whether --resume was given; without a checkpoint, the run was in its first stage.
+        notice: shown at the start and at the end if the run trains on something else than one may expect.
+    """
+
+    config: Any
+    checkpoint: dict[str, Any] | None
+    resume: bool
+    notice: str = ""
+
+    def print_notice(self) -> None:
+        if self.notice:
+            print(self.notice)
+
+
+def configure(config_class: type[ConfigT], presets: dict[str, dict], description: str, prog: str) -> Launch:
+    """Read the command line of a training script.
 
     Raises:
         ValueError, CheckpointError: for settings that are out of range, or a run that cannot be begun or resumed.
@@ -93,14 +109,19 @@ def configure(config_class: type[ConfigT], presets: dict[str, dict], description
     given = _parse_flags(config_class, presets, description, prog)
     preset = presets[given.pop("preset", "reference")]
     resume = given.pop("resume", False)
-    checkpoint = find_run(given.get("run_name", config_class.run_name), config_class, resume)
-    config = settle({**preset, **given}, checkpoint, config_class)
-    notice = ""
-    if config.data == POKEMON_FOLDER and "data" not in given and checkpoint is None and not has_images(config.data):
-        notice = (f"NO IMAGES IN {POKEMON_FOLDER}/: TRAINING ON CRITTERS, THE BUILT-IN CREATURES, INSTEAD. For "
-                  f"Pokémon, put the images of {POKEMON_SOURCE} there; for others, name a folder with --data.")
-        config.data = "critters"
-    return config, checkpoint, notice
+    run_name = given.get("run_name", config_class.run_name)
+    stopped = find_first_stage(run_name) if resume else None
+    if stopped is not None:
+        defaults = {declared.name: declared.default for declared in fields(config_class)}
+        return Launch(settle({**preset, **given}, dict(config={**defaults, **stopped}), config_class), None, resume)
+    checkpoint = find_run(run_name, config_class, resume)
+    launch = Launch(settle({**preset, **given}, checkpoint, config_class), checkpoint, resume)
+    is_default = launch.config.data == POKEMON_FOLDER and "data" not in given and checkpoint is None
+    if is_default and not has_images(POKEMON_FOLDER):
+        launch.notice = (f"NO IMAGES IN {POKEMON_FOLDER}/: TRAINING ON CRITTERS, THE BUILT-IN CREATURES, INSTEAD. For "
+                         f"Pokémon, put the images of {POKEMON_SOURCE} there; for others, name a folder with --data.")
+        launch.config.data = "critters"
+    return launch
 
 
 def _parse_flags(config_class: type, presets: dict[str, dict], description: str, prog: str) -> dict[str, Any]:

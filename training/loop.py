@@ -7,7 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,21 @@ COLUMNS = ("epoch", "step", "loss", "lr", "skipped")  # of metrics.csv
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which training stops
 
 
+@dataclass
+class Stage:
+    """A training that is the first part of a longer run.
+
+    Attributes:
+        run_name: of the whole run.
+        next_config: settings of the part that follows; checkpoints hold them, so that the run can be resumed.
+        next_seconds: how long that part will take.
+    """
+
+    run_name: str
+    next_config: dict[str, Any]
+    next_seconds: float
+
+
 def training_loop(
     config: TrainingConfig,                            # settings
     run_images: RunImages,                             # data set, held-out names
@@ -35,33 +50,33 @@ def training_loop(
     checkpoint: dict[str, Any] | None = None,          # latest.pt to resume from
     measure: Callable[[], dict[str, float]] = dict,    # further columns of metrics.csv
     measured: tuple[str, ...] = (),                    # and their names
+    stage: Stage | None = None,                        # set if another training follows in the same run
 ) -> Path:
     """Train to the end of the run and return the path of the final checkpoint.
 
     Raises:
         ValueError: if gradients stay non-finite.
-        OSError: if the training is done but could not be saved.
-        SystemExit: with 128 + signal, after saving, if SIGINT or SIGTERM came.
+        OSError: if the last step could not be saved.
+        SystemExit: 128 + signal, after saving, for SIGINT or SIGTERM.
     """
     # Start or resume.
     dataset, dist, timetable = run_images.dataset, step.dist, Timetable(config, len(run_images.dataset))
     number = start_or_resume(config, step, timetable, checkpoint)
     run = RunDir(config, checkpoint["history"] if checkpoint else [], [*COLUMNS, *measured], new=checkpoint is None,
                  is_main=dist.is_main)
-    writer = Writer(config, run_images, step, draw_grid, content, run, timetable)
+    writer = Writer(config, run_images, step, draw_grid, content, run, timetable, stage)
     print_plan(config, run_images, step, timetable, run)
     dist.init(step.device)
     dist.check_same((run_images.fingerprint, number), "images and checkpoint")
     step.begin()
-    if config.compile == "on" and number < timetable.last_step:
-        config.compile = "on" if step.compile(*dataset.__getitems__([0])) else "off"
+    if config.compile == "on" and number < timetable.last_step and not step.compile(*dataset.__getitems__([0])):
+        config.compile = "off"
     writer.catch_up(number)
 
     # Load data.
     loader = make_loader(dataset, config.batch_size, config.seed, number, timetable.last_step, config.workers,
                          step.rank_slice, pin_memory=step.device.type == "cuda")
-    progress = ProgressBar(config, timetable, step, number)
-    saved, stop_signal = True, 0
+    progress, saved, stop_signal = ProgressBar(config, timetable, step, number, stage), True, 0
     for batch, labels in loader:
         # Optimisation step.
         step(batch, labels, number)
@@ -148,8 +163,10 @@ class ProgressBar:
 
     FIRST, LAST = 5, 25  # steps between which the speed is measured: before, kernels are loaded and chosen
 
-    def __init__(self, config: TrainingConfig, timetable: Timetable, step: TrainingStep, number: int):
+    def __init__(self, config: TrainingConfig, timetable: Timetable, step: TrainingStep, number: int,
+                 stage: Stage | None = None):
         self.config, self.timetable, self.step, self.first_step = config, timetable, step, number
+        self.next_seconds = stage.next_seconds if stage else 0.0  # of what follows in the same run
         self.reported = step.stats().skipped  # skipped steps of this epoch that were reported
         self.started = self.pauses = 0.0
         self.bar = tqdm(total=timetable.last_step * config.batch_size, initial=number * config.batch_size, unit="img",
@@ -168,7 +185,7 @@ class ProgressBar:
             self.step.stats()
             seconds = time.monotonic() - self.started - self.pauses
             per_step = seconds / (self.LAST - self.FIRST)
-            announce_duration(per_step * (self.timetable.last_step - number), self.step.device)
+            announce_duration(per_step * (self.timetable.last_step - number) + self.next_seconds, self.step.device)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -193,6 +210,20 @@ class ProgressBar:
         self.bar.close()
 
 
+def time_training(config: TrainingConfig, run_images: RunImages, step: TrainingStep, *_: Any) -> float:
+    """Estimate the seconds that `training_loop` would take, without saves and grids, from a few steps."""
+    dataset, timetable = run_images.dataset, Timetable(config, len(run_images.dataset))
+    first, last = ProgressBar.FIRST, ProgressBar.FIRST + 10
+    step.begin()
+    for number, (batch, labels) in enumerate(make_loader(dataset, config.batch_size, config.seed, 0, last)):
+        if number == first:
+            step.stats()  # waits for the device
+            started = time.monotonic()
+        step(batch, labels, number)
+    step.stats()
+    return (time.monotonic() - started) / (last - first) * timetable.last_step
+
+
 def announce_duration(seconds: float, device: torch.device) -> None:
     """Print how long the rest will take, and a faster way if that is more than an evening on a CPU."""
     if seconds < 90 * 60:
@@ -209,9 +240,14 @@ class Writer:
     """What a run writes: checkpoints, sample grids, and the end."""
 
     def __init__(self, config: TrainingConfig, run_images: RunImages, step: TrainingStep,
-                 draw_grid: Callable[[Path], None], content: dict[str, Any], run: RunDir, timetable: Timetable):
+                 draw_grid: Callable[[Path], None], content: dict[str, Any], run: RunDir, timetable: Timetable,
+                 stage: Stage | None):
         self.config, self.run_images, self.step, self.draw_grid = config, run_images, step, draw_grid
         self.content, self.run, self.timetable = content, run, timetable
+        self.run_name = config.run_name
+        if stage:
+            self.run_name = stage.run_name
+            self.content = content | dict(next_config=stage.next_config)
 
     def catch_up(self, number: int) -> None:
         """Write what a kill between the save and the rest of its step has prevented."""
@@ -253,7 +289,7 @@ class Writer:
                           f"space and run --resume, which repeats the steps since then")
         if stop_signal and number < last_step:
             self.step.dist.finalize()
-            name = f" --run_name {self.config.run_name}" if self.config.run_name else ""
+            name = f" --run_name {self.run_name}" if self.run_name else ""
             print(f"stopped at step {number:,} of {last_step:,} and saved; continue with: {command()} --resume{name}")
             sys.exit(128 + stop_signal)
         if not self._save("final_model.pt", number):

@@ -28,6 +28,7 @@ from utils.device import peak_memory
 from utils.files import replacing
 
 RETRY_SECONDS = 60  # after a save that failed
+FIRST_STAGE = "autoencoder"  # sub-folder of a run whose first stage trains an autoencoder
 
 # What latest.pt holds besides the settings.
 NEEDED_TO_RESUME = dict(model=dict, ema=dict, optimizer=dict, scaler=dict, step=int, stats=dict, history=list,
@@ -87,6 +88,17 @@ def find_run(run_name: str, config_class: type, resume: bool) -> dict[str, Any] 
         raise CheckpointError(f"{path} cannot be resumed: it is not the latest.pt of a run of this version")
     content["config"] = {**defaults, **settings}
     return content
+
+
+def find_first_stage(run_name: str) -> dict[str, Any] | None:
+    """Return the settings of a run that was stopped in, or right after, the training of its autoencoder; else None."""
+    folder = run_folder("checkpoints", run_name)
+    if (folder / "latest.pt").exists():
+        return None
+    for path in (folder / FIRST_STAGE / "final_model.pt", folder / FIRST_STAGE / "latest.pt"):
+        if path.exists():
+            return load_checkpoint(path, mmap=True).get("next_config")
+    return None
 
 
 def _complete(content: dict[str, Any], settings: dict[str, Any], defaults: dict[str, Any]) -> bool:
