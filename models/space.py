@@ -39,7 +39,7 @@ class PixelSpace:
         """Return the shape of one image's x_0."""
         return self.channels, image_size, image_size
 
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, precision: str | None = None) -> torch.Tensor:
         """Return x_0 of images [B, 3, S, S] in [-1, 1]: the images."""
         return images
 
@@ -86,12 +86,16 @@ class LatentSpace:
         return self.autoencoder.latent_shape(image_size)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def encode(self, images: torch.Tensor, precision: str | None = None) -> torch.Tensor:
         """Return x_0 [B, channels, S / factor, S / factor] of images [B, 3, S, S]: the normalised posterior mean.
 
-        The posterior's standard deviation is small, and a mean can be cached.
+        The posterior's standard deviation is small, and a mean can be cached. `precision` is that of the encoder's
+        arithmetic; None: as in the caller's context.
         """
-        return self.autoencoder.encode(images)
+        if precision is None:
+            return self.autoencoder.encode(images)
+        with autocast(self.device, precision):
+            return self.autoencoder.encode(images.contiguous(memory_format=memory_format(self.device)))
 
     @torch.no_grad()
     def decode(self, x_0: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from critters import TYPES, draw_critters, write_critters
-from models.space import PixelSpace
+from models.space import LatentSpace, PixelSpace
 from training.augment import AUGMENT_MODES, augment
 from training.batches import make_loader
 from training.dataset import (
@@ -24,8 +24,8 @@ from training.dataset import (
     held_out_names,
     image_names,
     load_images,
-    to_x_0,
 )
+from training.loss import to_x_0
 from training.run_images import load_run_images
 from utils.images import decode_image
 
@@ -272,19 +272,17 @@ def test_runs_of_different_seeds_train_on_the_same_critters():
 PIXELS = PixelSpace()
 
 
-class Latents:
+class Latents(LatentSpace):
     """A latent space of random weights that is not symmetric, so that a mirror image has other latents."""
-
-    is_latent, device, channels, factor = True, torch.device("cpu"), 4, 4
 
     def __init__(self):
         self.weights = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
         self.layouts = []
+        self.channels, self.factor = 4, 4
+        self.autoencoder = SimpleNamespace(mean=torch.zeros(1), encode=self.convolve,
+                                           latent_shape=lambda size: (4, size // 4, size // 4))
 
-    def shape(self, image_size: int) -> tuple[int, int, int]:
-        return 4, image_size // 4, image_size // 4
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
+    def convolve(self, images: torch.Tensor) -> torch.Tensor:
         self.layouts.append(images.is_contiguous(memory_format=torch.channels_last))
         return torch.nn.functional.conv2d(images, self.weights, stride=4).float()
 
@@ -321,12 +319,12 @@ def test_latents_encoded_in_advance_are_those_of_the_augmented_images(dataset, m
     x_0, augment_labels = to_x_0(encoded.__getitems__(chosen)[0], augment_rand, mode, space, "fp32")
     x, expected_labels = augment(dataset.images[chosen], mode=mode, augment_rand=augment_rand)
     assert augment_labels.equal(expected_labels) and all(space.layouts)
-    assert torch.allclose(x_0, space.encode(x), atol=1e-5)
+    assert torch.allclose(x_0, space.convolve(x), atol=1e-5)
     if mode == "flip":
         assert not x_0[1].equal(x_0[2])
 
 
-def test_the_encoder_runs_in_the_precision_that_is_asked_for(dataset):
+def test_the_encoder_runs_in_the_given_precision(dataset):
     space = Latents()
     augment_rand = draw_augmentation(40)
     fine, coarse = (to_x_0(dataset.images, augment_rand, "none", space, precision)[0] for precision in ("fp32", "bf16"))
@@ -340,4 +338,4 @@ def test_images_that_are_not_in_memory_are_encoded_as_they_come(tmp_path):
     assert encode_dataset(dataset, space, "flip", "fp32") is dataset
     images = dataset.__getitems__([1, 2])[0]
     x_0, _ = to_x_0(images, torch.ones(2, 8), "flip", space, "fp32")
-    assert torch.allclose(x_0, space.encode(images / 127.5 - 1), atol=1e-6)
+    assert torch.allclose(x_0, space.convolve(images / 127.5 - 1), atol=1e-6)

@@ -1,8 +1,7 @@
-"""Data sets: a folder of images with optional labels, or the built-in critters, and their way to the network's x_0.
+"""Data sets: a folder of images with optional labels, or the built-in critters.
 
-    dataset = load_images("data/pokemon_jpg", 64)                          # decoded once, kept as uint8 if they fit
-    dataset = encode_dataset(dataset, space, "flip", "fp32")               # latents, where that can be done once
-    x_0, augment_labels = to_x_0(images, augment_rand, "flip", space, "fp32")
+    dataset = load_images("data/pokemon_jpg", 64)               # decoded once, kept as uint8 if they fit
+    dataset = encode_dataset(dataset, space, "flip", "fp32")    # latents, where that can be done once
 
 A folder may hold images of any format, mode, size and shape: each is decoded to the same small square, transparent
 parts become white, and a file that cannot be read is named and left out. `python -m tools.preview_data FOLDER` shows
@@ -27,9 +26,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from critters import TYPES, draw_critters
-from training.augment import AUGMENT_DIM, augment, is_mirrored
+from training.augment import augment
 from training.labels import LABEL_SOURCES, LabelError, find_labels, multi_hot
-from utils.device import autocast, memory_format
 from utils.errors import UserError, printable
 from utils.images import SUFFIXES, decode_error, decode_image
 
@@ -307,36 +305,7 @@ def _default_memory_limit() -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# from images to x_0
-
-
-def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: PixelSpace | LatentSpace,
-           precision: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn a batch of the data set into what the network learns to denoise.
-
-    Args:
-        images: uint8 [B, 3, S, S], which are augmented and encoded; or float [B, 1 or 2, C, h, w] of `encode_dataset`,
-            of which the plain or the mirrored version is chosen.
-        augment_rand: [B, 8], see `augment`.
-        mode: one of AUGMENT_MODES.
-        precision: of the encoder's arithmetic.
-
-    Returns:
-        x_0: float32 [B, *space.shape(S)].
-        augment_labels: float32 [B, 5], see `augment`.
-    """
-    if images.dtype == torch.uint8:
-        if space.is_latent:
-            images = images.to(space.device)
-        x, augment_labels = augment(images, mode=mode, augment_rand=augment_rand)
-        return _encode(x, space, precision), augment_labels
-
-    # Encoded before: choose a version of each.
-    version = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    if mode != "none":
-        version = is_mirrored(augment_rand).long().to(images.device)
-    batch = torch.arange(len(images), device=images.device)
-    return images[batch, version], augment_rand.new_zeros(len(images), AUGMENT_DIM)
+# latents that are encoded once
 
 
 def encode_dataset(dataset: ImageFolder, space: PixelSpace | LatentSpace, mode: str, precision: str) -> ImageFolder:
@@ -354,15 +323,7 @@ def encode_dataset(dataset: ImageFolder, space: PixelSpace | LatentSpace, mode: 
     encoded.images = torch.empty(len(dataset), versions, *space.shape(dataset.image_size))
     for indices in tqdm(torch.arange(len(dataset)).split(32), desc="encoding", unit="batch", delay=2, leave=False):
         x, _ = augment(dataset.images[indices].to(space.device), mode="none")
-        encoded.images[indices, 0] = _encode(x, space, precision).cpu()
+        encoded.images[indices, 0] = space.encode(x, precision).cpu()
         if mode == "flip":
-            encoded.images[indices, 1] = _encode(x.flip(-1), space, precision).cpu()
+            encoded.images[indices, 1] = space.encode(x.flip(-1), precision).cpu()
     return encoded
-
-
-def _encode(x: torch.Tensor, space: PixelSpace | LatentSpace, precision: str) -> torch.Tensor:
-    """Encode images [B, 3, S, S] in [-1, 1]; in pixel space they stay as they are."""
-    if not space.is_latent:
-        return x
-    with autocast(space.device, precision):
-        return space.encode(x.contiguous(memory_format=memory_format(space.device)))

@@ -17,8 +17,7 @@ from torch import nn
 
 from forward_diffusion import NoiseScheduler
 from models.space import LatentSpace, PixelSpace
-from training.augment import AUGMENT_RAND_DIM, augment
-from training.dataset import to_x_0
+from training.augment import AUGMENT_DIM, AUGMENT_RAND_DIM, augment, is_mirrored
 from utils.device import autocast
 
 
@@ -62,6 +61,35 @@ class DiffusionLoss:
         target = self.scheduler.target(self.prediction, x_0, t, noise)
         error = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
         return (error * self.scheduler.loss_weight(self.loss_weighting, self.prediction, t)).mean()
+
+
+def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: PixelSpace | LatentSpace,
+           precision: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a batch of the data set into what the network learns to denoise.
+
+    Args:
+        images: uint8 [B, 3, S, S], which are augmented and encoded; or float [B, 1 or 2, C, h, w] of `encode_dataset`,
+            of which the plain or the mirrored version is chosen.
+        augment_rand: [B, AUGMENT_RAND_DIM], see `augment`.
+        mode: one of AUGMENT_MODES.
+        precision: of the encoder's arithmetic.
+
+    Returns:
+        x_0: float32 [B, *space.shape(S)].
+        augment_labels: float32 [B, AUGMENT_DIM], see `augment`.
+    """
+    if images.dtype == torch.uint8:
+        if space.is_latent:
+            images = images.to(space.device)
+        x, augment_labels = augment(images, mode=mode, augment_rand=augment_rand)
+        return space.encode(x, precision), augment_labels
+
+    # Encoded before: choose a version of each.
+    version = torch.zeros(len(images), dtype=torch.long, device=images.device)
+    if mode != "none":
+        version = is_mirrored(augment_rand).long().to(images.device)
+    batch = torch.arange(len(images), device=images.device)
+    return images[batch, version], augment_rand.new_zeros(len(images), AUGMENT_DIM)
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:

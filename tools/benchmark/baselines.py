@@ -21,9 +21,9 @@ from models.pipeline import load_space
 from tools.benchmark.roofline import synchronize
 from training.augment import AUGMENT_RAND_DIM
 from training.batches import make_loader
-from training.dataset import encode_dataset, load_images, to_x_0
+from training.dataset import encode_dataset, load_images
 from training.distributed import DistEnv
-from training.loss import DiffusionLoss
+from training.loss import DiffusionLoss, to_x_0
 from training.step import TrainingStep, adam_options
 from unet import UNet, UNetConfig
 from utils.device import autocast, memory_format
