@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from scripts import ROOT, TINY, assert_one_line, assert_same_run, call, metrics
 
@@ -147,3 +148,16 @@ def test_any_number_of_workers_is_the_same_training(monkeypatch):
     for run in runs[1:]:
         assert_same_run(run, runs[0])
     assert runs[0]["step"] == 9
+
+
+def test_two_stages_in_two_processes_are_those_in_one():
+    """The processes meet once, wait for each other between the stages, and part at the end."""
+    flags = ("--preset maker --data critters --num_critters 8 --image_size 32 --autoencoder_epochs 1 --epochs 1 "
+             "--batch_size 8 --width 8 --groups 4 --blocks 1 --multipliers 1 --num_samples 2 --sample_steps 2 "
+             "--timesteps 50 --device cpu --precision fp32").split()
+    assert call(train, *flags, "--run_name", "one") == 0
+    done = torchrun(ROOT / "train.py", *flags, "--run_name", "two")
+    assert done.returncode == 0, done.stderr
+    for name in ("autoencoder/final_model.pt", "final_model.pt"):
+        one, two = (load_checkpoint(f"checkpoints/{run}/{name}") for run in ("one", "two"))
+        assert all(torch.allclose(one["ema"][key], two["ema"][key], atol=1e-4) for key in one["ema"])

@@ -70,15 +70,19 @@ class DistEnv:
         return slice(self.rank * part, (self.rank + 1) * part)
 
     def init(self, device: torch.device) -> None:
-        """Join the other processes: NCCL for tensors on a GPU, gloo for those on the CPU."""
-        if self.world_size > 1:
+        """Join the other processes, once: NCCL for tensors on a GPU, gloo for those on the CPU."""
+        if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+
+    def wait(self) -> None:
+        """Return when all processes are here, and so the main one has written its files."""
+        self.all_max(0)
 
     def finalize(self) -> None:
         """Leave once all processes are here: torchrun ends the main one, which may still be writing, if another fails
         before it."""
         if self.world_size > 1:
-            self.all_max(0)  # returns when all have called it
+            self.wait()
             dist.destroy_process_group()
 
     def wrap(self, net: nn.Module) -> nn.Module:

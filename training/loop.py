@@ -244,7 +244,7 @@ class Writer:
                  stage: Stage | None):
         self.config, self.run_images, self.step, self.draw_grid = config, run_images, step, draw_grid
         self.content, self.run, self.timetable = content, run, timetable
-        self.run_name = config.run_name
+        self.run_name, self.stage = config.run_name, stage
         if stage:
             self.run_name = stage.run_name
             self.content = content | dict(next_config=stage.next_config)
@@ -295,7 +295,10 @@ class Writer:
         if not self._save("final_model.pt", number):
             raise OSError(f"the training is done, but {checkpoints}/final_model.pt could not be written. Free some "
                           f"space and run --resume, which writes it")
-        self.step.dist.finalize()
+        if self.stage:
+            self.step.dist.wait()
+        else:
+            self.step.dist.finalize()
         return checkpoints / "final_model.pt"
 
 
