@@ -10,7 +10,7 @@ set's seed and on i, not on how many others are drawn.
     sketch.py          a critter before it is painted: parts and anchors
     draw.py            one critter: `draw_critter`
     sets.py            many critters: arrays, a folder with labels.csv, a contact sheet, critters that nobody trains on
-    recognizer.py      which types does an image show?
+    recognizer.py      the types that an image shows, recognised by their colours
     __main__.py        python -m critters
 """
 

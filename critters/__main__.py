@@ -18,6 +18,7 @@ from critters.sets import contact_sheet, write_critters
 
 CONTACT_SHEET = Path("outputs/critters.png")
 LEAST = dict(count=1, image_size=8, seed=0)
+LARGEST_IMAGE = 4096  # pixels a side
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,6 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     for name, least in LEAST.items():
         if getattr(args, name) < least:
             raise ValueError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    if args.image_size > LARGEST_IMAGE:
+        raise ValueError(f"--image_size must be at most {LARGEST_IMAGE}, not {args.image_size}")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; name a folder")
     if (args.output / "labels.csv").exists() and not any(args.output.glob("critter_*.png")):

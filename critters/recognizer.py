@@ -1,4 +1,4 @@
-"""Recognize the types in images of critters by their colours, without a network.
+"""Recognise the types in images of critters by their colours, without a network.
 
     recognizer = CritterRecognizer(image_size=32)
     recognizer.types(images, count=1)  # the likeliest type of each image; with count=2 the likeliest pair

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from evaluation.artifacts import find_artifacts
 from evaluation.features import FeatureSpace
 from evaluation.image_statistics import image_statistics
 from evaluation.memorization import CopyThreshold, calibrate_thresholds, find_copies
-from training.dataset import NUM_CRITTERS, ImageFolder, find_images, load_images
+from training.dataset import NUM_CRITTERS, DataError, ImageFolder, find_images, load_images
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.images import decode_image, read_settings, to_pil
 from utils.seeding import seed_from
@@ -242,8 +243,15 @@ def load_samples(folder: Path, image_size: int) -> torch.Tensor:
 
 
 def native_side(folder: Path) -> int:
-    """Return the side in pixels of the first image in a folder of samples, as the model drew it."""
-    return _scale_and_side(find_images(folder)[0])[1]
+    """Return the side in pixels of the first image in a folder of samples, as the model drew it.
+
+    Raises:
+        DataError: if there is no image, or none that can be read.
+    """
+    for path in find_images(folder):
+        with contextlib.suppress(Exception):  # a damaged file can make Pillow raise nearly anything
+            return _scale_and_side(path)[1]
+    raise DataError(f"none of the image files in {folder} can be read: give a folder of images")
 
 
 def _scale_and_side(path: Path) -> tuple[int, int]:

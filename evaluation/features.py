@@ -1,4 +1,4 @@
-"""Hand-written image features: a few hundred numbers an image, without a trained network.
+"""Hand-written image features: 70 numbers per image, without a trained network.
 
     space = FeatureSpace(real_images)          # images uint8 [N, 3, S, S]
     features = space(images)                   # float32 [M, 70]; similar images are close together

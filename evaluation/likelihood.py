@@ -9,7 +9,7 @@ L_T + L_{T-1} + ... + L_1 + L_0, derived in section 5 of DIFFUSION_THEORY.md, di
 
 - The variances of the learned steps are beta, one of the two fixed choices of Ho et al. (section 3.2). Both give a
   bound, so the lower one is the better one, and beta was lower wherever it was tried: 4.28 bits against 4.72 for a
-  model of Pokemon. Where little noise is left, beta-tilde is too narrow for a network that is not exact, and a
+  model of Pokémon. Where little noise is left, beta-tilde is too narrow for a network that is not exact, and a
   Gaussian that is too narrow costs many bits. As in `sample`, "beta_tilde" can be chosen.
 - At the last step, to the clean image, beta-tilde is 0; as in the code of Ho et al., that of the step before is used.
   The Gaussian is integrated over the bin of each 8-bit value (Ho et al. 2020, eq. 13).

@@ -77,7 +77,7 @@ def write_html(path: Path, report: dict[str, Any], grids: dict[str, Image.Image]
 
 def _introduction(report: dict[str, Any]) -> list[str]:
     last = report["runs"][-1]
-    parts = [f"<h1>What did the model learn?</h1><p>{escape(last['name'])}: {escape(report['summary'])}</p>"]
+    parts = [f"<h1>What the model has learned</h1><p>{escape(last['name'])}: {escape(report['summary'])}</p>"]
     if report["trained_on"] is not None:
         parts.append(f"<p>Model trained on: {escape(report['trained_on'])}</p>")
     lines = list(last["verdict"])

@@ -2,7 +2,7 @@
 
     python -m tools.check_types --checkpoint checkpoints/critters.pt    # 100 images of each type, 20 of each pair
 
-The types of a sample are recognized by the colours of their palettes, without a network: see critters/recognizer.py.
+The types of a sample are recognised by the colours of their palettes, without a network: see critters/recognizer.py.
 The model may have been trained on the built-in critters or on a folder that `python -m critters` wrote.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
         requested += [types for types in PAIRS for _ in range(settings.num_pairs)]
         images = draw(pipeline, requested, settings)
 
-        # Recognize.
+        # Recognise.
         recognizer = CritterRecognizer(pipeline.image_size)
         num_singles = len(SINGLES) * settings.num_images
         recognized = recognizer.types(images[:num_singles], 1) + recognizer.types(images[num_singles:], 2)

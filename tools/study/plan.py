@@ -162,7 +162,7 @@ def final_model(name: str, run: str) -> Path:
 
 
 def is_selected(job: Job, words: tuple[str, ...]) -> bool:
-    """Does --only select this job? Its words are runs, groups of runs, and kinds of work; no words select all."""
+    """Return whether --only selects this job. Words are runs, groups of runs, and kinds of work; none select all."""
     kinds = {word for word in words if word in KINDS}
     runs = {run for word in words if word not in KINDS for run in GROUPS.get(word, (word,))}
     return (not kinds or job.kind in kinds) and (not runs or job.run in runs)

@@ -63,7 +63,7 @@ def collect(folder: Path) -> dict[str, Any]:
     rows = []
     if (folder / "metrics.csv").exists():
         with open(folder / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = [row for row in csv.DictReader(file) if row["skipped"]]  # a kill can leave half a line
 
     # Samples.
     samples = {}
