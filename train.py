@@ -1,7 +1,7 @@
 """Train a diffusion model on a folder of images.
 
     python train.py --preset quick                       # creatures in minutes, on a CPU, from nothing
-    python train.py --preset maker --data my_images      # 128 x 128, from a few hundred images, overnight on a CPU
+    python train.py --preset maker --data my_images      # 128 x 128, from a few hundred images; hours on a CPU
     python train.py                                      # the reference model on data/pokemon_jpg/, for a GPU
     python train.py --data my_images --image_size 32     # your own folder
     python train.py --resume                             # continue a stopped run
@@ -26,6 +26,7 @@ from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.pipeline import Pipeline, checked_space, load_space
 from models.space import LatentSpace, PixelSpace
 from reverse_diffusion import SAMPLERS
+from training.augment import AUGMENT_DIM
 from training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
 from training.config import TrainingConfig, configure, memory_advice
 from training.dataset import encode_dataset
@@ -203,7 +204,8 @@ def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
     folder = run_folder("checkpoints", own.run_name)
     if resume and (folder / "final_model.pt").exists():
         return
-    checkpoint = find_run(own.run_name, AutoencoderTrainingConfig, resume and (folder / "latest.pt").exists())
+    checkpoint = find_run(own.run_name, AutoencoderTrainingConfig, resume and (folder / "latest.pt").exists(),
+                          as_stage=True)
     print(f"stage 1 of 2: an autoencoder, in {folder}/")
     stage = Stage(config.run_name, asdict(config), estimate_diffusion(config, dist))
     train_autoencoder(own, checkpoint, dist, stage)
@@ -248,7 +250,8 @@ def choose_size(config: Config, space: PixelSpace | LatentSpace) -> UNetConfig:
     """
     config.multipliers = config.multipliers or default_multipliers(space.shape(config.image_size)[-1])
     unet_config = UNetConfig(channels=space.channels, width=config.width, multipliers=config.multipliers,
-                             blocks=config.blocks, groups=config.groups, dropout=config.dropout)
+                             blocks=config.blocks, groups=config.groups, dropout=config.dropout,
+                             augment_dim=AUGMENT_DIM)
     multiple = unet_config.size_multiple * space.factor
     if config.image_size % multiple or config.image_size < 8:
         raise ValueError(f"--image_size must be a multiple of {multiple} that is at least 8, for this network; "

@@ -293,8 +293,10 @@ def main() -> None:
     args = parser.parse_args()
     try:
         multipliers = args.multipliers or default_multipliers(args.image_size)
-        model = UNet(UNetConfig(width=args.width, multipliers=multipliers, blocks=args.blocks, groups=args.groups,
-                                num_types=args.num_types))
+        config = UNetConfig(width=args.width, multipliers=multipliers, blocks=args.blocks, groups=args.groups,
+                            num_types=args.num_types)
+        with torch.device("meta"):  # shapes without memory
+            model = UNet(config)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if args.image_size < 1 or args.image_size % model.config.size_multiple:

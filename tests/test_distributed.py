@@ -158,6 +158,6 @@ def test_two_stages_in_two_processes_are_those_in_one():
     assert call(train, *flags, "--run_name", "one") == 0
     done = torchrun(ROOT / "train.py", *flags, "--run_name", "two")
     assert done.returncode == 0, done.stderr
-    for name in ("autoencoder/final_model.pt", "final_model.pt"):
+    for name in ("first_stage/final_model.pt", "final_model.pt"):
         one, two = (load_checkpoint(f"checkpoints/{run}/{name}") for run in ("one", "two"))
         assert all(torch.allclose(one["ema"][key], two["ema"][key], atol=1e-4) for key in one["ema"])

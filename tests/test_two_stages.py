@@ -9,6 +9,7 @@ import pytest
 from scripts import assert_one_line, assert_same_run, call
 
 import train
+from tools import train_autoencoder
 from training import loop
 from training.loss import AutoencoderLoss, DiffusionLoss
 from utils.checkpoint import load_checkpoint
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 RUN = ("--preset maker --data critters --num_critters 8 --image_size 32 --autoencoder_epochs 3 --epochs 3 "
        "--batch_size 4 --width 8 --groups 4 --blocks 1 --multipliers 1 --num_samples 4 --sample_steps 2 --timesteps 50 "
        "--sample_every 9 --device cpu --precision fp32").split()
-FILES = ("latest.pt", "final_model.pt", "autoencoder/latest.pt", "autoencoder/final_model.pt")
+FILES = ("latest.pt", "final_model.pt", "first_stage/latest.pt", "first_stage/final_model.pt")
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +75,16 @@ def test_a_run_that_was_stopped_in_its_first_stage_is_not_overwritten(monkeypatc
         stop_at(patch, AutoencoderLoss, 2)
         assert call(train, *RUN) == 128 + signal.SIGTERM
     capsys.readouterr()
-    assert_one_line(call(train, *RUN), capsys, "checkpoints/autoencoder/latest.pt is from an earlier run", "--resume")
+    assert_one_line(call(train, *RUN), capsys, "checkpoints/first_stage/latest.pt is from an earlier run", "--resume")
     assert_one_line(call(train, "--resume", "--lr", "1"), capsys, "the run to resume has --lr")
+    code = call(train_autoencoder, "--resume", "--run_name", "first_stage")
+    assert_one_line(code, capsys, "first stage of a longer run", "train.py --resume")
 
 
 def test_the_duration_counts_both_stages(monkeypatch):
     """The first stage has 28 steps, after 25 of which the estimate comes."""
     announced = []
-    monkeypatch.setattr(loop, "announce_duration", lambda seconds, device: announced.append(seconds))
+    monkeypatch.setattr(loop, "announce_duration", lambda seconds, has_faster_way: announced.append(seconds))
     monkeypatch.setattr(train, "estimate_diffusion", lambda *_: 5000.0)
     assert call(train, *RUN, "--autoencoder_epochs", 28, "--max_steps", 1) == 0
     assert len(announced) == 1 and 5000 < announced[0] < 5100

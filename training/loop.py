@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from training.batches import make_loader
@@ -185,7 +184,8 @@ class ProgressBar:
             self.step.stats()
             seconds = time.monotonic() - self.started - self.pauses
             per_step = seconds / (self.LAST - self.FIRST)
-            announce_duration(per_step * (self.timetable.last_step - number) + self.next_seconds, self.step.device)
+            announce_duration(per_step * (self.timetable.last_step - number) + self.next_seconds,
+                              has_faster_way=self.step.device.type == "cpu" and self.config.image_size < 128)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -224,14 +224,14 @@ def time_training(config: TrainingConfig, run_images: RunImages, step: TrainingS
     return (time.monotonic() - started) / (last - first) * timetable.last_step
 
 
-def announce_duration(seconds: float, device: torch.device) -> None:
-    """Print how long the rest will take, and a faster way if that is more than an evening on a CPU."""
+def announce_duration(seconds: float, has_faster_way: bool) -> None:
+    """Print how long the rest will take, and the preset that takes minutes if that is more than an evening."""
     if seconds < 90 * 60:
         words = f"{max(1, round(seconds / 60))} min"
     else:
         words = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
     tqdm.write(f"at this speed, training takes about {words} more")
-    if device.type == "cpu" and seconds > 6 * 3600:
+    if has_faster_way and seconds > 6 * 3600:
         tqdm.write("this configuration is made for a GPU; on a CPU, `python train.py --preset quick` takes minutes "
                    "(Ctrl-C stops this run and saves it)")
 

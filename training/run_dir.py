@@ -28,7 +28,7 @@ from utils.device import peak_memory
 from utils.files import replacing
 
 RETRY_SECONDS = 60  # after a save that failed
-FIRST_STAGE = "autoencoder"  # sub-folder of a run whose first stage trains an autoencoder
+FIRST_STAGE = "first_stage"  # sub-folder of a run that trains an autoencoder first
 
 # What latest.pt holds besides the settings.
 NEEDED_TO_RESUME = dict(model=dict, ema=dict, optimizer=dict, scaler=dict, step=int, stats=dict, history=list,
@@ -64,10 +64,11 @@ def refuse_to_overwrite(folder: Path) -> None:
                              f"a folder of its own with --run_name NAME")
 
 
-def find_run(run_name: str, config_class: type, resume: bool) -> dict[str, Any] | None:
+def find_run(run_name: str, config_class: type, resume: bool, as_stage: bool = False) -> dict[str, Any] | None:
     """Return the checkpoint to resume, or None for a new run, which may not overwrite another.
 
-    Settings that the checkpoint does not have yet take their defaults.
+    With `as_stage`, the run is the first stage of a longer one, which alone may resume it. Settings that the checkpoint
+    does not have yet take their defaults.
 
     Raises:
         ValueError: if a run stands where a new one would be.
@@ -79,6 +80,9 @@ def find_run(run_name: str, config_class: type, resume: bool) -> dict[str, Any] 
         return None
     path = folder / "latest.pt"
     content = load_checkpoint(path)
+    if "next_config" in content and not as_stage:
+        raise CheckpointError(f"{path} is the first stage of a longer run; continue that one with python train.py "
+                              f"--resume and its --run_name")
     settings, defaults = content.get("config"), {declared.name: declared.default for declared in fields(config_class)}
     if isinstance(settings, dict) and settings.keys() - defaults.keys():
         unknown = ", ".join(sorted(map(str, settings.keys() - defaults.keys())))

@@ -145,6 +145,10 @@ class TrainingStep:
         self._choose_how_to_run()  # a graph recorded before belongs to the network as it was
         return self.net is not self.ddp
 
+    def run_eagerly(self) -> None:
+        """Do without a CUDA graph from now on, so that a profiler sees the operations."""
+        self.compute = self._compute
+
     def _choose_how_to_run(self) -> None:
         recordable = (self.device.type == "cuda" and not self.scaler.is_enabled() and self.dist.world_size == 1
                       and not self.has_dropout)

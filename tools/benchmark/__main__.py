@@ -174,7 +174,7 @@ def profile_step(unet_config: UNetConfig, settings: Settings, device: torch.devi
     """Show where the time of a step of train.py goes; without a CUDA graph, which hides the operations."""
     rates = machine_rates(device, precision)
     trainer = (CompiledPokeDiff if settings.compile else PokeDiff)(unet_config, settings, device, precision)
-    trainer.training_step.compute = trainer.training_step._compute
+    trainer.training_step.run_eagerly()
     trainer.run(settings.warmup)
     rows = profile(lambda: trainer.run(1), device, rates)
     write_report(settings.output, device=describe_device(device), precision=precision, rates=asdict(rates),
