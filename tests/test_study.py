@@ -32,7 +32,7 @@ def parsed(command: list[str], monkeypatch) -> dict:
     """The settings of a command, as its script parses them."""
     monkeypatch.setattr(sys, "argv", command)
     if command[0] == "train.py":
-        return asdict(configure(train.Config, train.PRESETS, "", "train.py")[0])
+        return asdict(configure(train.Config, train.PRESETS, "", "train.py").config)
     return asdict(parse({"generate.py": generate, "evaluate.py": evaluate}[command[0]].Settings, ""))
 
 
