@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler
-from models.autoencoder import Autoencoder, AutoencoderConfig
+from models.autoencoder import Autoencoder
 from models.pipeline import Pipeline, checked_space, load_space
 from models.space import LatentSpace, PixelSpace
 from reverse_diffusion import SAMPLERS
@@ -135,7 +135,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
 
     Args:
         checkpoint: latest.pt to resume from, or None.
-        space: to train in; None: the one that the settings name.
+        space: to train in, as it is; None: the one that the settings name, whose latents a new run measures.
         loop: what is done with all that is wired here: `training_loop`, or `time_training`.
 
     Returns:
@@ -149,6 +149,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
 
     # Noise schedule, and the space that it works in: pixels, or the latents of an autoencoder.
     scheduler = NoiseScheduler(config.timesteps, schedule=config.schedule, zero_terminal_snr=config.zero_terminal_snr)
+    measure = space is None and checkpoint is None
     space = (space or find_space(config, checkpoint)).to(device, memory_format=memory_format(device))
     check_settings(config, scheduler)
     unet_config = choose_size(config, space)
@@ -158,7 +159,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     run_images = load_run_images(config, checkpoint)
     class_names = run_images.dataset.class_names
     check_guidance(config, len(class_names))
-    if space.is_latent and checkpoint is None:
+    if space.is_latent and measure:
         measure_latents(space, config, plain_batches(run_images.dataset), precision)
     run_images.dataset = encode_dataset(run_images.dataset, space, config.augment, precision)
 
@@ -216,10 +217,10 @@ def estimate_diffusion(config: Config, dist: DistEnv) -> float:
     """Estimate the seconds of the second stage, from some steps in the latents of an untrained autoencoder."""
     if dist.world_size > 1:  # the processes meet only once, in the first stage
         return 0.0
-    sizes = {name: OWN_AUTOENCODER[name] for name in ("channels", "multipliers", "colour_shortcut")}
-    space = LatentSpace(Autoencoder(AutoencoderConfig(**sizes)).eval().requires_grad_(False))
+    untrained = Autoencoder(AutoencoderTrainingConfig(**OWN_AUTOENCODER).network)
+    space = LatentSpace(untrained.eval().requires_grad_(False))
     with contextlib.redirect_stdout(io.StringIO()):
-        return train(replace(config), None, dist, space, loop=time_training)
+        return train(replace(config), None, dist, space, loop=time_training)  # a copy: `train` writes into it
 
 
 def find_space(config: Config, checkpoint: dict[str, Any] | None) -> PixelSpace | LatentSpace:

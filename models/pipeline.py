@@ -19,7 +19,7 @@ from forward_diffusion import PREDICTIONS, NoiseScheduler
 from models.space import LatentSpace, PixelSpace, space_from_state
 from reverse_diffusion import default_steps, find_sampler, sample
 from unet import UNet, UNetConfig
-from utils.checkpoint import CheckpointError, check_finite, load_checkpoint
+from utils.checkpoint import CheckpointError, build_module, check_finite, load_checkpoint
 from utils.cuda_graph import CUDAGraphed
 from utils.device import autocast, memory_format, pick_precision
 from utils.seeding import seed_from
@@ -86,16 +86,19 @@ class Pipeline:
     @property
     def default_sampler(self) -> tuple[str, int]:
         """The sampler and steps that the training chose for its grids, else the full reverse process."""
-        chosen = self.settings.get("sampler", GRID_SAMPLER[0]), self.settings.get("sample_steps", GRID_SAMPLER[1])
-        if chosen == GRID_SAMPLER:
+        if self._grid_settings == GRID_SAMPLER:
             return "ddpm", self.scheduler.num_timesteps
-        return chosen[0], min(chosen[1], self.scheduler.num_timesteps)
+        return self.grid_sampler
 
     @property
     def grid_sampler(self) -> tuple[str, int]:
         """The sampler and steps of the training's own sample grids."""
-        name, steps = self.settings.get("sampler", GRID_SAMPLER[0]), self.settings.get("sample_steps", GRID_SAMPLER[1])
+        name, steps = self._grid_settings
         return name, min(steps, self.scheduler.num_timesteps)
+
+    @property
+    def _grid_settings(self) -> tuple[str, int]:
+        return self.settings.get("sampler", GRID_SAMPLER[0]), self.settings.get("sample_steps", GRID_SAMPLER[1])
 
     def choose_sampler(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
         """Fill in what is not given: the default sampler, and a sampler's own number of steps.
@@ -264,13 +267,7 @@ def _build_network(network: dict[str, Any], weights: dict[str, torch.Tensor]) ->
     config = config_class(**network["config"])
     if config.blocks * len(config.multipliers) > len(weights):
         raise ValueError("a network that would take for ever to build")
-    with torch.device("meta"):  # shapes without memory: an invented width must not fill the machine's
-        shapes = {name: p.shape for name, p in network_class(config).state_dict().items()}
-    if shapes != {name: p.shape for name, p in weights.items()}:
-        raise ValueError("weights of another network")
-    net = network_class(config)
-    net.load_state_dict(weights)
-    return net
+    return build_module(lambda: network_class(config), weights, "network")
 
 
 def _check_consistent(config: UNetConfig, space: PixelSpace | LatentSpace, settings: dict[str, Any],

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
+from utils.checkpoint import build_module
 from utils.device import autocast, memory_format
 from utils.images import psnr
 
@@ -143,12 +144,7 @@ def space_from_state(state: dict[str, Any] | None, device: str | torch.device = 
         config, weights = AutoencoderConfig(**state["config"]), state["weights"]
         if len(config.multipliers) * (config.encoder_blocks + config.decoder_blocks) > len(weights):
             raise ValueError("an autoencoder that would take for ever to build")
-        with torch.device("meta"):  # shapes without memory: an invented width must not fill the machine's
-            shapes = {name: part.shape for name, part in Autoencoder(config).state_dict().items()}
-        if shapes != {name: part.shape for name, part in weights.items()}:
-            raise ValueError("weights of another autoencoder")
-        autoencoder = Autoencoder(config)
-        autoencoder.load_state_dict(weights)
+        autoencoder = build_module(lambda: Autoencoder(config), weights, "autoencoder")
     except (KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError("an incomplete autoencoder") from error
     if not all(torch.isfinite(part).all() for part in autoencoder.state_dict().values()):

@@ -29,15 +29,11 @@ def plain_loss_curve(monkeypatch):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """Return a folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""
-    from scripts import TINY, call
+    from scripts import TINY, call_in
 
     import train
 
-    folder = tmp_path_factory.mktemp("trained")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call(train, *TINY, "--milestone_every", 2, "--sample_every", 1) == 0
-    return folder
+    return call_in(tmp_path_factory.mktemp("trained"), train, *TINY, "--milestone_every", 2, "--sample_every", 1)
 
 
 @pytest.fixture
@@ -48,12 +44,8 @@ def final(trained) -> Path:
 @pytest.fixture(scope="session")
 def trained_autoencoder(tmp_path_factory) -> Path:
     """Return a folder in which a tiny autoencoder was trained for 8 steps. Not to be written to."""
-    from scripts import TINY_AUTOENCODER, call
+    from scripts import TINY_AUTOENCODER, call_in
 
     from tools import train_autoencoder
 
-    folder = tmp_path_factory.mktemp("trained_autoencoder")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call(train_autoencoder, *TINY_AUTOENCODER) == 0
-    return folder
+    return call_in(tmp_path_factory.mktemp("trained_autoencoder"), train_autoencoder, *TINY_AUTOENCODER)

@@ -45,6 +45,14 @@ def call(module: ModuleType, *flags: Any) -> int | str | None:
     return 0
 
 
+def call_in(folder: Path, script, *flags) -> Path:
+    """Run a command that must succeed in a folder, and return the folder; for fixtures that live longer than a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert call(script, *flags) == 0
+    return folder
+
+
 def assert_one_line(code: int | str | None, capsys: pytest.CaptureFixture, *words: str) -> None:
     """Check that a command ended with one line on stderr, which begins with "error:" and holds these words."""
     assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code, code

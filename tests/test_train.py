@@ -207,7 +207,7 @@ def test_without_the_pokemon_it_trains_on_critters_and_says_so_at_both_ends(caps
     assert "NO IMAGES IN data/pokemon_jpg/: TRAINING ON CRITTERS" in lines[0]
     assert "kaggle.com/datasets/kvpratama/pokemon-images-dataset" in lines[0] and "--data" in lines[0]
     assert load_checkpoint("checkpoints/final_model.pt")["config"]["data"] == "critters"
-    # A resumed run has its data, and a run on critters that were asked for has nothing to explain.
+    # A resumed run has its data, and a run on critters by --data has nothing to explain.
     assert call(train, "--resume", "--max_steps", 2) == 0
     assert call(train, *TINY, "--max_steps", 1, "--run_name", "critters") == 0
     assert "NO IMAGES" not in capsys.readouterr().out

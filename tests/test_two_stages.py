@@ -6,13 +6,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from scripts import assert_one_line, assert_same_run, call
+from scripts import assert_one_line, assert_same_run, call, call_in
 
 import train
 from tools import train_autoencoder
 from training import loop
 from training.loss import AutoencoderLoss, DiffusionLoss
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 RUN = ("--preset maker --data critters --num_critters 8 --image_size 32 --autoencoder_epochs 3 --epochs 3 "
@@ -24,11 +24,7 @@ FILES = ("latest.pt", "final_model.pt", "first_stage/latest.pt", "first_stage/fi
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
     """The checkpoints of a run that nothing stopped."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert call(train, *RUN) == 0
-    return folder / "checkpoints"
+    return call_in(tmp_path_factory.mktemp("undisturbed"), train, *RUN) / "checkpoints"
 
 
 def stop_at(monkeypatch, loss: type, number: int) -> None:
@@ -79,6 +75,14 @@ def test_a_run_that_was_stopped_in_its_first_stage_is_not_overwritten(monkeypatc
     assert_one_line(call(train, "--resume", "--lr", "1"), capsys, "the run to resume has --lr")
     code = call(train_autoencoder, "--resume", "--run_name", "first_stage")
     assert_one_line(code, capsys, "first stage of a longer run", "train.py --resume")
+
+
+def test_an_unknown_setting_of_a_first_stage_is_refused(undisturbed, capsys):
+    content = load_checkpoint(undisturbed / "first_stage/latest.pt")
+    content.pop("format")
+    content["next_config"]["colour"] = "red"
+    save_checkpoint("checkpoints/first_stage/latest.pt", **content)
+    assert_one_line(call(train, "--resume"), capsys, "checkpoints/first_stage/latest.pt", "unknown here (colour)")
 
 
 def test_the_duration_counts_both_stages(monkeypatch):

@@ -53,6 +53,12 @@ class AutoencoderTrainingConfig(TrainingConfig):
     kl_weight: float = setting(5e-3, "weight of the KL divergence of the latents from a standard normal distribution",
                                least=0)
 
+    @property
+    def network(self) -> AutoencoderConfig:
+        """The size of the autoencoder."""
+        return AutoencoderConfig(width=self.width, multipliers=self.multipliers, channels=self.channels,
+                                 colour_shortcut=self.colour_shortcut)
+
 
 def train_autoencoder(config: AutoencoderTrainingConfig, checkpoint: dict[str, Any] | None, dist: DistEnv,
                       stage: Stage | None = None) -> Path:
@@ -68,8 +74,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, checkpoint: dict[str, A
     dist.rank_slice(config.batch_size, config.grad_accum)  # can the batch be divided? before the data is read
 
     # Data.
-    network = AutoencoderConfig(width=config.width, multipliers=config.multipliers, channels=config.channels,
-                                colour_shortcut=config.colour_shortcut)
+    network = config.network
     if config.image_size % network.factor or config.image_size < 16:
         raise ValueError(f"--image_size must be a multiple of {network.factor} that is at least 16, for this "
                          f"autoencoder; {config.image_size} is not")

@@ -110,10 +110,9 @@ def configure(config_class: type[ConfigT], presets: dict[str, dict], description
     preset = presets[given.pop("preset", "reference")]
     resume = given.pop("resume", False)
     run_name = given.get("run_name", config_class.run_name)
-    stopped = find_first_stage(run_name) if resume else None
+    stopped = find_first_stage(run_name, config_class) if resume else None
     if stopped is not None:
-        defaults = {declared.name: declared.default for declared in fields(config_class)}
-        return Launch(settle({**preset, **given}, dict(config={**defaults, **stopped}), config_class), None, resume)
+        return Launch(settle({**preset, **given}, dict(config=stopped), config_class), None, resume)
     checkpoint = find_run(run_name, config_class, resume)
     launch = Launch(settle({**preset, **given}, checkpoint, config_class), checkpoint, resume)
     is_default = launch.config.data == POKEMON_FOLDER and "data" not in given and checkpoint is None

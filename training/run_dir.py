@@ -83,32 +83,44 @@ def find_run(run_name: str, config_class: type, resume: bool, as_stage: bool = F
     if "next_config" in content and not as_stage:
         raise CheckpointError(f"{path} is the first stage of a longer run; continue that one with python train.py "
                               f"--resume and its --run_name")
-    settings, defaults = content.get("config"), {declared.name: declared.default for declared in fields(config_class)}
-    if isinstance(settings, dict) and settings.keys() - defaults.keys():
-        unknown = ", ".join(sorted(map(str, settings.keys() - defaults.keys())))
-        raise CheckpointError(f"{path} cannot be resumed: it is of another command or version, with settings that are "
-                              f"unknown here ({unknown})")
-    if not isinstance(settings, dict) or not _complete(content, {**defaults, **settings}, defaults):
-        raise CheckpointError(f"{path} cannot be resumed: it is not the latest.pt of a run of this version")
-    content["config"] = {**defaults, **settings}
-    return content
+    if isinstance(content.get("config"), dict):
+        content["config"] = _with_defaults(path, content["config"], config_class)
+        if _complete(content, config_class):
+            return content
+    raise CheckpointError(f"{path} cannot be resumed: it is not the latest.pt of a run of this version")
 
 
-def find_first_stage(run_name: str) -> dict[str, Any] | None:
-    """Return the settings of a run that was stopped in, or right after, the training of its autoencoder; else None."""
+def find_first_stage(run_name: str, config_class: type) -> dict[str, Any] | None:
+    """Return the settings of a run that was stopped in, or right after, its first stage; None for any other run.
+
+    Raises:
+        CheckpointError: for settings that are unknown here.
+    """
     folder = run_folder("checkpoints", run_name)
     if (folder / "latest.pt").exists():
         return None
     for path in (folder / FIRST_STAGE / "final_model.pt", folder / FIRST_STAGE / "latest.pt"):
         if path.exists():
-            return load_checkpoint(path, mmap=True).get("next_config")
+            settings = load_checkpoint(path, mmap=True).get("next_config")
+            return None if settings is None else _with_defaults(path, settings, config_class)
     return None
 
 
-def _complete(content: dict[str, Any], settings: dict[str, Any], defaults: dict[str, Any]) -> bool:
+def _with_defaults(path: Path, settings: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """Complete the settings of a checkpoint. Raises CheckpointError for ones that are unknown here."""
+    defaults = {declared.name: declared.default for declared in fields(config_class)}
+    if settings.keys() - defaults.keys():
+        unknown = ", ".join(sorted(map(str, settings.keys() - defaults.keys())))
+        raise CheckpointError(f"{path} cannot be resumed: it is of another command or version, with settings that are "
+                              f"unknown here ({unknown})")
+    return {**defaults, **settings}
+
+
+def _complete(content: dict[str, Any], config_class: type) -> bool:
     """Whether a latest.pt holds all that is needed to resume, of the right types."""
-    for name, default in defaults.items():
-        if type(settings[name]) not in ((float, int) if type(default) is float else (type(default),)):
+    for declared in fields(config_class):
+        kind = type(declared.default)
+        if type(content["config"][declared.name]) not in ((float, int) if kind is float else (kind,)):
             return False
     return (all(isinstance(content.get(name), kind) for name, kind in NEEDED_TO_RESUME.items())
             and content["step"] > 0 and all(isinstance(row, dict) for row in content["history"]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,24 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
         if settings.get("compile") == "auto":
             settings["compile"] = "off"
     return content
+
+
+def build_module(build: Callable[[], nn.Module], weights: dict[str, torch.Tensor], kind: str) -> nn.Module:
+    """Build a module on the CPU and load its weights.
+
+    Args:
+        kind: of module, for the message.
+
+    Raises:
+        ValueError: for weights of other names or shapes.
+    """
+    with torch.device("meta"):  # shapes without memory: an invented width must not fill the machine's
+        shapes = {name: part.shape for name, part in build().state_dict().items()}
+    if shapes != {name: part.shape for name, part in weights.items()}:
+        raise ValueError(f"weights of another {kind}")
+    module = build()
+    module.load_state_dict(weights)
+    return module
 
 
 def check_finite(path: str | Path, *modules: nn.Module) -> None:
