@@ -43,10 +43,12 @@ class Settings:
                                            "the newest in checkpoints/)", kind=Path, metavar="FILE")
     samples: Path | None = setting(None, "measure the images in this folder, as written by generate.py --individual, "
                                    "instead of drawing samples", kind=Path, metavar="FOLDER")
-    data: str | None = setting(None, "folder of images, or critters (default: what the checkpoint was trained on)",
-                               kind=str)
+    data: str | None = setting(None, "folder of images, a .zip of one, or critters (default: what the checkpoint was "
+                               "trained on)", kind=str)
     labels: str | None = setting(None, "source of the images' types, as in train.py (default: as in the training)",
                                  kind=str)
+    label_column: tuple[str, ...] = setting((), "columns of the metadata that hold the types, as in train.py (default: "
+                                            "as in the training)", kind=str, metavar="NAME")
     image_size: int | None = setting(None, "side of the images in pixels, for --samples without --checkpoint (default: "
                                      "that of the first sample)", kind=int, least=8)
     num_samples: int = setting(1000, "samples to draw for each checkpoint", least=1)
@@ -128,12 +130,12 @@ def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData
     """Load the data of the checkpoints, or --data with the labels of --labels."""
     if not infos:
         image_size = settings.image_size or native_side(settings.samples)
-        return load_data(DataSource(settings.data, image_size, label_source="none"))
+        return load_data(DataSource(settings.data, image_size, label_source="none"), held_out=None)
     source = common_source(infos)
     if settings.data and settings.data != source.data:
-        source = replace(source, data=settings.data, label_source="auto")
-    if settings.labels:
-        source = replace(source, label_source=settings.labels)
+        source = replace(source, data=settings.data, label_source="auto", label_columns=(), splits="auto")
+    if settings.labels or settings.label_column:
+        source = replace(source, label_source=settings.labels or "auto", label_columns=settings.label_column)
     return load_data(source, infos[0].held_out, infos[0].class_names)
 
 

@@ -53,7 +53,10 @@ class Config(TrainingConfig):
     """Every setting of a training run; the defaults are the reference configuration."""
 
     labels: str = setting("auto", "source of the images' types; auto: labels.csv in the folder (columns file,types), "
-                                  "else the names of its sub-folders; none; or another csv file")
+                                  "else Hugging Face's metadata.csv or metadata.jsonl, else the names of its "
+                                  "sub-folders; folders: these alone; none; or another file of either format")
+    label_column: tuple[str, ...] = setting((), "columns of the metadata that hold the types (default: those named as "
+                                                "label, type, class or category)", kind=str, metavar="NAME")
     autoencoder: str = setting("", "checkpoint of a tools.train_autoencoder run, to learn the latents of the images; "
                                    "own: train one first, in the same run (default: learn the pixels)")
     autoencoder_epochs: int = setting(40, "epochs of an autoencoder of one's own", above=0)
@@ -198,8 +201,8 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
 def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
     """Train the autoencoder of `--autoencoder own`, or continue with it, as the first stage of a run."""
     shared = {name: getattr(config, name) for name in (
-        "data", "num_critters", "data_seed", "holdout", "image_size", "augment", "seed", "save_every", "workers",
-        "device", "precision", "compile")}
+        "data", "num_critters", "data_seed", "holdout", "splits", "image_size", "augment", "seed", "save_every",
+        "workers", "device", "precision", "compile")}
     own = AutoencoderTrainingConfig(**shared, **OWN_AUTOENCODER, epochs=config.autoencoder_epochs,
                                     run_name=str(Path(config.run_name, FIRST_STAGE)))
     folder = run_folder("checkpoints", own.run_name)

@@ -3,8 +3,8 @@
     python -m critters                                            # 1,000 images of 64x64 in data/critters
     python -m critters --count 200 --image_size 32 --seed 7 --output data/small
 
-Writes critter_00000.png ... and labels.csv (columns file,types) to the folder, and a contact sheet of all types to
-outputs/critters.png.
+Writes critter_00000.png ..., labels.csv (columns file,types) and the same as Hugging Face's metadata.csv to the folder,
+and a contact sheet of all types to outputs/critters.png.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def parse_arguments() -> argparse.Namespace:
         ValueError: for a number out of its range, or an output folder that cannot be used.
     """
     parser = OneLineParser(prog="python -m critters", allow_abbrev=False,
-                           description="Draw the built-in data set: a folder of critters with labels.csv.",
+                           description="Draw the built-in data set: a folder of critters with labels.csv and "
+                           "metadata.csv.",
                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--count", type=int, default=1000, help="number of images")
     parser.add_argument("--image_size", type=int, default=64, help="width and height of an image, in pixels")
@@ -49,8 +50,9 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError(f"--image_size must be at most {LARGEST_IMAGE}, not {args.image_size}")
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file; name a folder")
-    if (args.output / "labels.csv").exists() and not any(args.output.glob("critter_*.png")):
-        raise ValueError(f"--output {args.output} has a labels.csv of other images; name another folder")
+    for table in ("labels.csv", "metadata.csv"):
+        if (args.output / table).exists() and not any(args.output.glob("critter_*.png")):
+            raise ValueError(f"--output {args.output} has a {table} of other images; name another folder")
     return args
 
 

@@ -28,18 +28,22 @@ def unseen_critters(purpose: str, count: int, image_size: int) -> tuple[np.ndarr
 
 
 def write_critters(folder: str | Path, count: int, image_size: int = 64, seed: int = 0) -> None:
-    """Write critter_00000.png ... and labels.csv (columns file,types; two types are separated by a space)."""
+    """Write critter_00000.png ... and labels.csv (columns file,types; two types are separated by a space).
+
+    metadata.csv is the same table as Hugging Face's imagefolder reads it, with the columns file_name,types.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("critter_" + 5 * "[0-9]" + ".png"):  # images of a larger set would stay, without labels
         old.unlink()
-    with open(folder / "labels.csv", "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["file", "types"])
-        for index in range(count):
-            image, types = draw_critter(index, image_size, seed)
-            image.save(folder / f"critter_{index:05d}.png")
-            rows.writerow([f"critter_{index:05d}.png", " ".join(types)])
+    rows = []
+    for index in range(count):
+        image, types = draw_critter(index, image_size, seed)
+        image.save(folder / f"critter_{index:05d}.png")
+        rows.append([f"critter_{index:05d}.png", " ".join(types)])
+    for name, column in (("labels.csv", "file"), ("metadata.csv", "file_name")):
+        with open(folder / name, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([[column, "types"], *rows])
 
 
 def contact_sheet(image_size: int = 64, seed: int = 0, columns: int = 10) -> Image.Image:

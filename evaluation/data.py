@@ -22,9 +22,10 @@ from evaluation.artifacts import find_artifacts
 from evaluation.features import FeatureSpace
 from evaluation.image_statistics import image_statistics
 from evaluation.memorization import CopyThreshold, calibrate_thresholds, find_copies
-from training.dataset import NUM_CRITTERS, DataError, ImageFolder, find_images, load_images
+from training.dataset import NUM_CRITTERS, DataError, ImageFolder, find_images, held_out_names, load_images
+from utils.archive import ZipMember
 from utils.checkpoint import CheckpointError, load_checkpoint
-from utils.images import decode_image, read_settings, to_pil
+from utils.images import decode_image, open_image, read_settings, to_pil
 from utils.seeding import seed_from
 
 MAX_UNSEEN = 500  # critters that are drawn, and unseen images that are searched for copies
@@ -47,13 +48,15 @@ class CheckpointInfo:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A data set: a folder of images, or "critters"."""
+    """A data set: a folder of images, a .zip of one, or "critters"; where its labels come from, see `find_labels`."""
 
     data: str
     image_size: int
     label_source: str = "auto"
     num_critters: int = NUM_CRITTERS
     seed: int = 0  # of the critters
+    label_columns: tuple[str, ...] = ()
+    splits: str = "auto"
 
 
 @dataclass
@@ -148,6 +151,7 @@ def _source_of(info: CheckpointInfo) -> DataSource:
             settings["data"], settings["image_size"], settings.get("labels") or "auto",
             settings.get("num_critters", NUM_CRITTERS),
             settings.get("data_seed", settings.get("seed", 0)),  # older trainings drew the critters from their own seed
+            settings.get("label_column", ()), settings.get("splits", "none"),
         )
     except KeyError as error:
         raise CheckpointError(f"{info.path} does not say what it was trained on; choose another file") from error
@@ -157,20 +161,22 @@ def _source_of(info: CheckpointInfo) -> DataSource:
 # real images
 
 
-def load_data(source: DataSource, held_out: Sequence[str] = (), class_names: Sequence[str] = ()) -> EvaluationData:
+def load_data(source: DataSource, held_out: Sequence[str] | None = (), class_names: Sequence[str] = ()
+              ) -> EvaluationData:
     """Load a data set, and divide it into training and unseen images.
 
-    Unseen are the images with the names `held_out`. If there are none and the data set is the critters, others are
-    drawn that no model is trained on.
+    Unseen are the images with the names `held_out`; if that is None, those of the splits validation and test. If there
+    are none and the data set is the critters, others are drawn that no model is trained on.
 
     Raises:
-        DataError: as `load_images` does.
+        DataError, ArchiveError: as `load_images` does.
         ValueError: if the images do not fit in memory, or none of the held-out images is among them.
     """
-    dataset = load_images(source.data, source.image_size, label_source=source.label_source,
-                          num_critters=source.num_critters, seed=source.seed)
+    label_source, label_columns = (source.label_source, source.label_columns) if class_names else ("none", ())
+    dataset = load_images(source.data, source.image_size, label_source=label_source, label_columns=label_columns,
+                          splits=source.splits, num_critters=source.num_critters, seed=source.seed)
     images = _in_memory(dataset, source.data)
-    held_out = set(held_out)
+    held_out = set(held_out_names(dataset.names, 0, source.splits) if held_out is None else held_out)
     is_unseen = torch.tensor([name in held_out for name in dataset.names])
     if held_out and not is_unseen.any():
         raise ValueError(f"none of the {len(held_out)} images that were held out of the training is in {source.data}; "
@@ -254,9 +260,9 @@ def native_side(folder: Path) -> int:
     raise DataError(f"none of the image files in {folder} can be read: give a folder of images")
 
 
-def _scale_and_side(path: Path) -> tuple[int, int]:
+def _scale_and_side(path: Path | ZipMember) -> tuple[int, int]:
     """Return by how much generate.py enlarged an image (1 if it did not), and the image's shorter side before that."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         size = image.size
     try:
         settings = read_settings(path)

@@ -192,7 +192,7 @@ def test_command_line(tmp_path: Path) -> None:
                            "data/few"], cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in (tmp_path / "data/few").iterdir()) == [
-        "critter_00000.png", "critter_00001.png", "critter_00002.png", "labels.csv"]
+        "critter_00000.png", "critter_00001.png", "critter_00002.png", "labels.csv", "metadata.csv"]
     assert (tmp_path / "outputs/critters.png").is_file()
 
 

@@ -258,7 +258,8 @@ def test_critters_depend_on_the_seed_of_the_data_alone():
 
 def test_runs_of_different_seeds_train_on_the_same_critters():
     def images(**seeds):
-        config = SimpleNamespace(data="critters", image_size=16, num_critters=4, holdout=0.0, labels="auto", **seeds)
+        config = SimpleNamespace(data="critters", image_size=16, num_critters=4, holdout=0.0, labels="auto",
+                                 splits="auto", **seeds)
         return load_run_images(config, checkpoint=None).dataset.images
 
     first = images(seed=0, data_seed=0)

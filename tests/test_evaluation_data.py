@@ -30,7 +30,7 @@ def test_the_training_seed_does_not_change_the_critters():
         data = load_data(common_source([info(**settings)]))
         assert data.train.equal(critters(60, seed))
     same_data = [info(seed=1, data_seed=0), info(seed=2, data_seed=0)]
-    assert common_source(same_data) == DataSource("critters", 16, "auto", 60)
+    assert common_source(same_data) == DataSource("critters", 16, "auto", 60, splits="none")
     with pytest.raises(ValueError, match="different data"):
         common_source([info(seed=1), info(seed=2)])
 

@@ -7,14 +7,22 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from training.dataset import DataError, ImageFolder, image_names
-from training.labels import SPLIT_NAMES, LabelError, find_labels, multi_hot, parse_types, read_labels
+from training.dataset import DataError, ImageFolder
+from training.folder import DataFolder
+from training.labels import BEFORE_METADATA, LabelError, find_labels, multi_hot, parse_types, read_labels
+from training.splits import SPLIT_NAMES
 
 
 def write_images(folder: Path, *names: str) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16)).save(folder / name)
+
+
+def types_in(folder: Path, *names: str, source: str = "auto", splits: str = "auto") -> list[tuple[str, ...]] | None:
+    """Write images to an empty folder, and return the types that are found for them."""
+    write_images(folder, *names)
+    return find_labels(DataFolder(folder), source, splits=splits).types
 
 
 def test_labels_csv(tmp_path):
@@ -37,33 +45,36 @@ def test_labels_from_another_file(tmp_path):
 
 
 def test_labels_from_sub_folders(tmp_path):
-    write_images(tmp_path, "fire/1.png", "fire/deep/2.png", "water flying/3.png", "4.png")
-    assert find_labels(tmp_path, image_names(str(tmp_path))) == [(), ("fire",), ("fire",), ("water", "flying")]
+    names = ("fire/1.png", "fire/deep/2.png", "water flying/3.png", "4.png")
+    assert types_in(tmp_path / "a", *names) == [(), ("fire",), ("fire",), ("water", "flying")]
     # The names of sub-folders tell nothing where there is only one of them.
-    assert find_labels(tmp_path, ["all/1.png", "all/2.png", "3.png"]) is None
-    assert find_labels(tmp_path, ["1.png", "2.png"]) is None
-    # A labels.csv comes before the names of sub-folders.
-    (tmp_path / "labels.csv").write_text("file,types\n3.png,ice\n")
-    assert find_labels(tmp_path, ["fire/1.png", "water flying/3.png"]) == [(), ("ice",)]
+    assert types_in(tmp_path / "b", "all/1.png", "all/2.png", "3.png") is None
+    assert types_in(tmp_path / "c", "1.png", "2.png") is None
+    # A labels.csv comes before the names of sub-folders, unless these are asked for.
+    (tmp_path / "a/labels.csv").write_text("file,types\n3.png,ice\n")
+    assert types_in(tmp_path / "a") == [(), (), (), ("ice",)] == types_in(tmp_path / "a", source=BEFORE_METADATA)
+    assert types_in(tmp_path / "a", source="folders") == [(), ("fire",), ("fire",), ("water", "flying")]
 
 
-def test_sub_folders_named_like_splits_are_warned_of(tmp_path, capsys):
+def test_sub_folders_named_like_splits_that_are_types_are_warned_of(tmp_path, capsys):
     names = ["Train/1.png", "test/2.png", "validation/deep/3.png", "4.png"]
-    assert find_labels(tmp_path, names) == [("train",), ("test",), ("validation",), ()]  # as before
+    assert types_in(tmp_path / "a", *names, splits="none") == [(), ("train",), ("test",), ("validation",)]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: the sub-folders Train, test, validation of ") and "taken for types" in line
-    assert "--labels none" in line and f"--data {tmp_path / 'Train'}" in line
+    assert "--labels none" in line and f"--data {tmp_path / 'a/Train'}" in line
+    assert types_in(tmp_path / "a") is None  # splits, within which nothing tells the images apart
+    types_in(tmp_path / "a", source="none", splits="none")
+    (tmp_path / "a/labels.csv").write_text("file,types\n" + "".join(f"{name},fire\n" for name in names))
+    types_in(tmp_path / "a", splits="none")
+    assert capsys.readouterr().err == ""
 
-    for sub_folder in SPLIT_NAMES:
-        find_labels(tmp_path, [f"{sub_folder}/1.png", f"{'val' if sub_folder == 'train' else 'train'}/2.png"])
+    for name in SPLIT_NAMES:
+        other = "val" if name == "train" else "train"
+        types_in(tmp_path / f"with {name}", f"{name}/1.png", f"{other}/2.png", splits="none")
         (line,) = capsys.readouterr().err.splitlines()
-        assert "taken for types" in line and f"--data {tmp_path / 'train'}" in line
-
-    for others in (["train/1.png"], ["train/1.png", "fire/2.png"], ["trains/1.png", "test/2.png"]):
-        find_labels(tmp_path, others)  # no types at all, or types of other names too
-    find_labels(tmp_path, names, "none")
-    (tmp_path / "labels.csv").write_text("file,types\n" + "".join(f"{name},fire\n" for name in names))
-    find_labels(tmp_path, names)
+        assert "taken for types" in line and f"--data {tmp_path / f'with {name}' / 'train'}" in line
+    for i, others in enumerate((["train/1.png"], ["train/1.png", "fire/2.png"], ["trains/1.png", "test/2.png"])):
+        types_in(tmp_path / f"{i}", *others)  # no types at all, or types of other names too
     assert capsys.readouterr().err == ""
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from training.augment import augment
 from training.dataset import POKEMON_FOLDER, ImageFolder, load_images
+from training.splits import SPLIT_SETTINGS
 from utils.cli import parse, seed_setting, setting
 from utils.errors import one_line_errors, printable
 from utils.images import LONGEST_SIDE, image_grid, save_image, to_uint8
@@ -25,8 +26,13 @@ NUM_AUGMENTED = 7  # columns beside the plain images
 class Settings:
     """The flags of this command."""
 
-    folder: str = setting(POKEMON_FOLDER, "folder of images, at any depth; or 'critters', the built-in creatures",
-                          positional=True)
+    folder: str = setting(POKEMON_FOLDER, "folder of images, at any depth, or a .zip of one; or 'critters', the "
+                                          "built-in creatures", positional=True)
+    labels: str = setting("auto", "source of the images' types, as in train.py")
+    label_column: tuple[str, ...] = setting((), "columns of the metadata that hold the types, as in train.py (default: "
+                                            "those with a usual name)", kind=str, metavar="NAME")
+    splits: str = setting("auto", "whether top folders named train, validation and test divide the images, as in "
+                                  "train.py", SPLIT_SETTINGS)
     image_size: int = setting(64, "side of the decoded images, in pixels", least=8, most=4096)
     seed: int = seed_setting("seed of the augmentations")
     output: str = setting("outputs/augmentation.png", "image file to write")
@@ -37,8 +43,11 @@ def main() -> None:
         settings = parse(Settings, "Count a folder's images and draw what augmentation does to them.",
                          prog="python -m tools.preview_data")
         check(settings)
-        dataset = load_images(settings.folder, settings.image_size)
+        dataset = load_images(settings.folder, settings.image_size, label_source=settings.labels,
+                              label_columns=settings.label_column, splits=settings.splits)
         print(f"{len(dataset):,} images in {printable(settings.folder)}, {dataset.left_out:,} files left out")
+        if dataset.origin:
+            print(printable(dataset.origin))
         for name, count in zip(dataset.class_names, dataset.labels.sum(0, dtype=torch.long).tolist()):
             print(f"{count:6d} {printable(name)}")
         save_image(augmentation_grid(dataset, settings.seed), settings.output)

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from training.augment import AUGMENT_MODES
 from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
 from training.run_dir import find_first_stage, find_run
+from training.splits import SPLIT_SETTINGS
 from utils.cli import (
     MAX_SEED,
     Parser,
@@ -31,11 +32,14 @@ ConfigT = TypeVar("ConfigT", bound="TrainingConfig")
 class TrainingConfig:
     """The settings that every training has."""
 
-    data: str = setting(POKEMON_FOLDER, "folder of images, at any depth; or 'critters', the built-in creatures")
+    data: str = setting(POKEMON_FOLDER, "folder of images, at any depth, or a .zip of one; or 'critters', the built-in "
+                                        "creatures")
     num_critters: int = setting(2000, "number of critters to draw, where those are the data", above=0)
     data_seed: int = setting(0, "seed of the critters", least=0, most=MAX_SEED)
     holdout: float = setting(0.0, "fraction of the images held out from training, for evaluate.py; below 1",
                              least=0, below=1)
+    splits: str = setting("auto", "auto: top folders named train, validation and test divide the images, and the last "
+                                  "two are held out; none: they are folders like others", SPLIT_SETTINGS)
     image_size: int = setting(64, "side of the images in pixels; a multiple of 8 for the reference network", most=4096)
     augment: str = setting("full", "full: flips, rotations to 15 degrees and colour jitter; flip: flips alone",
                            AUGMENT_MODES)

@@ -1,4 +1,4 @@
-"""Data sets: a folder of images with optional labels, or the built-in critters.
+"""Data sets: a folder of images, or a .zip of one, with optional labels; or the built-in critters.
 
     dataset = load_images("data/pokemon_jpg", 64)               # decoded once, kept as uint8 if they fit
     dataset = encode_dataset(dataset, space, "flip", "fp32")    # latents, where that can be done once
@@ -27,9 +27,12 @@ from tqdm import tqdm
 
 from critters import TYPES, draw_critters
 from training.augment import augment
-from training.labels import LABEL_SOURCES, LabelError, find_labels, multi_hot
-from utils.errors import UserError, printable
-from utils.images import SUFFIXES, decode_error, decode_image
+from training.folder import DataError, DataFolder
+from training.labels import BEFORE_METADATA, LabelError, find_labels, multi_hot
+from training.splits import describe_splits, names_held_out
+from utils.archive import ArchiveError, ZipMember
+from utils.errors import printable
+from utils.images import decode_error, decode_image
 
 if TYPE_CHECKING:
     from models.space import LatentSpace, PixelSpace
@@ -40,52 +43,27 @@ NUM_CRITTERS = 2000
 MOST_NAMED = 10  # unreadable files that are named one by one
 
 
-class DataError(UserError):
-    """A problem with the data set."""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # names
 
 
-def find_images(folder: str | Path) -> list[Path]:
-    """Find every image file in `folder` at any depth, except hidden files and folders.
+def find_images(folder: str | Path) -> list[Path | ZipMember]:
+    """Find every image file in a folder at any depth, or in a .zip of one, except hidden files and folders.
 
     They are sorted by relative posix path, so that the order is the same on every machine.
 
     Raises:
-        DataError: if the folder does not exist, is a file, cannot be listed, or has no image.
+        DataError, ArchiveError: as `DataFolder` does.
     """
-    root = Path(folder).expanduser()
-    if not root.exists():
-        raise DataError(f"no folder {root}: give a folder of images with --data")
-    if not root.is_dir():
-        raise DataError(f"{root} is a file: give the folder that holds the images")
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"cannot list {error.filename} ({error.strerror}): change its permissions or give another "
-                        f"folder")
-
-    paths, visited = [], set()
-    for parent, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(parent) in visited:  # a link that leads back up would be followed for ever
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(parent))
-        paths += [Path(parent, name) for name in names
-                  if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
-    if not paths:
-        suffixes = " ".join(suffix[1:] for suffix in SUFFIXES)
-        raise DataError(f"no image in {root}: put {suffixes} files there, at any depth")
-    return sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+    found = DataFolder(folder)
+    return [found.files[name] for name in found.images]
 
 
 def has_images(folder: str | Path) -> bool:
     """Return whether `folder` exists and holds an image file."""
     try:
         return bool(find_images(folder))
-    except DataError:
+    except (DataError, ArchiveError):
         return False
 
 
@@ -93,27 +71,24 @@ def image_names(data: str, num_critters: int = NUM_CRITTERS) -> list[str]:
     """Return `ImageFolder.names` of `load_images` without reading an image."""
     if data == "critters":
         return _numbered(num_critters)
-    return _relative_names(data, find_images(data))
+    return DataFolder(data).images
 
 
-def held_out_names(names: Sequence[str], fraction: float) -> list[str]:
-    """Choose the images that are held out of training: `fraction` of them, in [0, 1), sorted.
+def held_out_names(names: Sequence[str], fraction: float, splits: str = "none") -> list[str]:
+    """Choose the images that are held out of training, sorted: those of the splits validation and test, if the folder
+    has splits, and `fraction` of the others, in [0, 1).
 
-    They are those whose names have the lowest hashes: the same on every machine, and nearly the same after some images
-    were added or removed.
+    These are the ones whose names have the lowest hashes: the same on every machine, and nearly the same after some
+    images were added or removed.
     """
-    by_hash = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
-    return sorted(by_hash[: round(fraction * len(names))])
+    named = names_held_out(names, splits)
+    others = set(names) - set(named)
+    by_hash = sorted(others, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+    return sorted([*named, *by_hash[: round(fraction * len(others))]])
 
 
 def _numbered(count: int) -> list[str]:
     return [f"{i:05d}" for i in range(count)]
-
-
-def _relative_names(folder: str | Path, files: Sequence[Path]) -> list[str]:
-    """Return the files' paths relative to the folder, with forward slashes on every system."""
-    root = Path(folder).expanduser()
-    return [path.relative_to(root).as_posix() for path in files]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +96,7 @@ def _relative_names(folder: str | Path, files: Sequence[Path]) -> list[str]:
 
 
 class ImageFolder(Dataset):
-    """The images of a folder as uint8 tensors [3, S, S], and their labels if the folder has any.
+    """The images of a folder, or of a .zip of one, as uint8 tensors [3, S, S], and their labels if there are any.
 
     Each image is decoded once and kept in memory if all of them take at most `memory_limit` bytes. Otherwise `images`
     is None, and files are read as they are needed.
@@ -129,34 +104,41 @@ class ImageFolder(Dataset):
     Args:
         image_size: S, at least 8.
         memory_limit: default: a quarter of the machine's memory.
-        label_source: where the labels come from, see `find_labels`.
+        label_source, label_columns, splits: where the labels come from, see `find_labels`.
         keep: leave out the images for whose names this is false. The class names are the whole folder's all the same.
 
     Attributes:
-        files, names: each image's path, and the same relative to the folder.
+        files, names: each image's file, and its path relative to the folder.
         images: uint8 [N, 3, S, S], or None.
         class_names: the types, sorted; empty without labels.
         labels: uint8 [N, len(class_names)], 1 for each type that an image has.
         left_out: how many files could not be read.
+        origin: what was used for labels and splits, in words.
 
     Raises:
         DataError: for a folder without images, labels that `find_labels` refuses, or if no file can be read.
+        ArchiveError: as `zip_files` does.
     """
 
     def __init__(self, folder: str | Path, image_size: int, memory_limit: int | None = None, *,
-                 label_source: str = "auto", keep: Callable[[str], bool] | None = None):
+                 label_source: str = "auto", label_columns: Sequence[str] = (), splits: str = "auto",
+                 keep: Callable[[str], bool] | None = None):
         if image_size < 8:
             raise DataError(f"an image size of {image_size} pixels is too small: give 8 or more")
-        self.files, self.image_size, self.left_out = find_images(folder), image_size, 0
-        self.names = _relative_names(folder, self.files)
+        found = DataFolder(folder)
+        self.names, self.image_size, self.left_out = list(found.images), image_size, 0
+        self.files = [found.files[name] for name in self.names]
         self.images: torch.Tensor | None = None
         self._warned: set[int] = set()
 
         # Labels, of all images: the class names must not depend on what is kept.
         try:
-            types = find_labels(folder, self.names, label_source) or [()] * len(self.files)
+            labels = find_labels(found, label_source, label_columns, splits)
         except LabelError as error:
             raise DataError(str(error)) from error
+        described = ("" if label_source == "none" else f"labels: {labels.origin}", describe_splits(self.names, splits))
+        self.origin = "; ".join(filter(None, described))
+        types = labels.types or [()] * len(self.files)
         self.class_names = tuple(sorted(set().union(*types)))
         self.labels = torch.from_numpy(multi_hot(types, self.class_names))
         if keep is not None:
@@ -187,7 +169,7 @@ class ImageFolder(Dataset):
         if images.shape != (n, 3, size, size) or images.dtype != torch.uint8 or n == 0:
             raise ValueError(f"want uint8 [N, S, S, 3] or [N, 3, S, S], got {images.dtype} {list(images.shape)}")
         self = cls.__new__(cls)
-        self.images, self.image_size, self.left_out = images.contiguous(), size, 0
+        self.images, self.image_size, self.left_out, self.origin = images.contiguous(), size, 0, ""
         self.names = _numbered(n)
         self.files = [Path(name) for name in self.names]
         self.class_names = tuple(class_names)
@@ -267,21 +249,24 @@ class ImageFolder(Dataset):
         self.keep_only(readable)
 
 
-def load_images(data: str, image_size: int, *, label_source: str = "auto", keep: Callable[[str], bool] | None = None,
-                num_critters: int = NUM_CRITTERS, seed: int = 0) -> ImageFolder:
-    """Load the images of a folder, or draw the built-in critters if `data` is "critters"; see `ImageFolder`.
+def load_images(data: str, image_size: int, *, label_source: str = "auto", label_columns: Sequence[str] = (),
+                splits: str = "auto", keep: Callable[[str], bool] | None = None, num_critters: int = NUM_CRITTERS,
+                seed: int = 0) -> ImageFolder:
+    """Load the images of a folder or .zip, or draw the built-in critters if `data` is "critters"; see `ImageFolder`.
 
     Args:
         num_critters, seed: how many critters, and which. The seed belongs to the data: runs that differ in their own
             seed train on the same critters.
 
     Raises:
-        DataError: as `ImageFolder` does, and for critters with labels of another source than their own.
+        DataError, ArchiveError: as `ImageFolder` does, and for critters with labels of another source than their own.
     """
     if data != "critters":
-        return ImageFolder(data, image_size, label_source=label_source, keep=keep)
-    if label_source not in LABEL_SOURCES:
-        raise DataError(f"critters come with their own types: leave out --labels {label_source}, or say --labels none")
+        return ImageFolder(data, image_size, label_source=label_source, label_columns=label_columns, splits=splits,
+                           keep=keep)
+    if label_source not in ("auto", "none", BEFORE_METADATA) or label_columns:
+        flag = f"--label_column {' '.join(label_columns)}" if label_columns else f"--labels {label_source}"
+        raise DataError(f"critters come with their own types: leave out {flag}, or say --labels none")
     images, types = draw_critters(num_critters, image_size, seed)
     if label_source == "none":
         dataset = ImageFolder.from_array(images)

@@ -20,6 +20,7 @@ from training.run_images import RunImages
 from training.step import Stats, TrainingStep, learning_rate
 from training.timetable import Timetable
 from utils.device import describe_device
+from utils.errors import printable
 
 COLUMNS = ("epoch", "step", "loss", "lr", "skipped")  # of metrics.csv
 MAX_SKIPPED = 20  # steps in a row without a finite gradient, after which training stops
@@ -140,6 +141,8 @@ def print_plan(config: TrainingConfig, run_images: RunImages, step: TrainingStep
     print(f"device     {describe_device(step.device)}, {step.precision}{processes}")
     print(f"images     {len(run_images.dataset):,} of {config.image_size} x {config.image_size} from {config.data}, "
           f"augmentation: {config.augment}{held_out}")
+    if run_images.dataset.origin:
+        print(f"data       {printable(run_images.dataset.origin)}")
     if run_images.dataset.class_names:
         print(f"types      {', '.join(run_images.dataset.class_names)}")
     print(f"training   {config.epochs:,} epochs of {timetable.steps_per_epoch:,} steps of {config.batch_size} images; "

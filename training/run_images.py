@@ -42,15 +42,16 @@ def load_run_images(config: TrainingConfig, checkpoint: dict[str, Any] | None) -
     """
     if checkpoint is None:
         names = image_names(config.data, config.num_critters)
-        held_out = held_out_names(names, config.holdout)
+        held_out = held_out_names(names, config.holdout, config.splits)
         if len(held_out) == len(names):
             raise ValueError(f"--holdout {config.holdout} holds out all of the {len(names)} images; give less")
     else:
         held_out = checkpoint["held_out"]
     excluded = set(held_out)
     dataset = load_images(
-        config.data, config.image_size, label_source=getattr(config, "labels", "none"), seed=config.data_seed,
-        keep=lambda name: name not in excluded, num_critters=config.num_critters,
+        config.data, config.image_size, label_source=getattr(config, "labels", "none"),
+        label_columns=getattr(config, "label_column", ()), splits=config.splits,
+        keep=lambda name: name not in excluded, num_critters=config.num_critters, seed=config.data_seed,
     )
     images = RunImages(dataset, held_out, dataset.fingerprint())
     if checkpoint is not None:

@@ -74,12 +74,17 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content.get("tally"), torch.Tensor) and content["tally"].shape == (4,):
         names = ("loss_sum", "skipped", "skipped_in_a_row", "last_loss")
         content["stats"] = dict(zip(names, content.pop("tally").tolist()))
-    settings = content.get("config")
-    if isinstance(settings, dict):
+    for settings in (content.get("config"), content.get("next_config")):
+        if not isinstance(settings, dict):
+            continue
         if "seed" in settings:
             settings.setdefault("data_seed", settings["seed"])  # critters were drawn from the training's own seed
         if settings.get("compile") == "auto":
             settings["compile"] = "off"
+        if "splits" not in settings:  # neither splits nor Hugging Face's metadata were read
+            settings["splits"] = "none"
+            if settings.get("labels") == "auto":
+                settings["labels"] = "csv_or_folders"  # training.labels.BEFORE_METADATA
     return content
 
 

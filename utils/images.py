@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
+from utils.archive import ZipMember
 from utils.errors import printable
 from utils.files import replacing
 
@@ -37,7 +38,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # decode_image 
 # reading
 
 
-def decode_image(path: str | Path, image_size: int) -> np.ndarray:
+def decode_image(path: str | Path | ZipMember, image_size: int) -> np.ndarray:
     """Read an image file as uint8 RGB `[3, image_size, image_size]`.
 
     The shorter side is scaled to `image_size` with antialiasing, and the centre is cropped. Transparent parts become
@@ -47,9 +48,9 @@ def decode_image(path: str | Path, image_size: int) -> np.ndarray:
         Exception: whatever Pillow raises for a file that it cannot read; DecompressionBombError for one of more than
             Image.MAX_IMAGE_PIXELS pixels.
     """
-    if not os.path.isfile(path):  # opening a pipe would wait for ever
+    if not isinstance(path, ZipMember) and not os.path.isfile(path):  # opening a pipe would wait for ever
         raise OSError(errno.EINVAL, "not a file, or a link to nowhere", str(path))
-    with Image.open(path, formats=DECODERS) as image:
+    with open_image(path) as image:
         # Pillow only warns up to twice its limit, and a warning filter is not thread-safe.
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels are too many")
@@ -66,6 +67,11 @@ def decode_image(path: str | Path, image_size: int) -> np.ndarray:
         return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
+def open_image(path: str | Path | ZipMember) -> Image.Image:
+    """Open an image file of one of the formats that are read, without decoding it."""
+    return Image.open(path.open() if isinstance(path, ZipMember) else path, formats=DECODERS)
+
+
 def decode_error(error: Exception) -> str:
     """Say on one line why `decode_image` failed."""
     if isinstance(error, UnidentifiedImageError):
@@ -73,9 +79,9 @@ def decode_error(error: Exception) -> str:
     return printable((getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0])
 
 
-def read_settings(path: str | Path) -> dict:
+def read_settings(path: str | Path | ZipMember) -> dict:
     """Return the settings that `save_image` wrote into a PNG; empty for any other image."""
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return json.loads(image.info.get("PokeDiff", "{}"))
 
 

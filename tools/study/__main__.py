@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from tools.study.plan import ABLATIONS, CONFIGURATIONS, GROUPS, KINDS, REHEARSAL, Study, is_selected, plan
 from tools.study.results import read_json
 from tools.study.runner import is_done, load_progress, run_jobs
-from training.dataset import image_names
+from training.folder import DataFolder
 from training.labels import find_labels
 from training.run_dir import run_folder
 from utils.cli import check_sub_folder, parse, setting
@@ -100,8 +100,10 @@ def load_study(name: str, settings: Settings) -> Study:
 
 def check_data(study: Study) -> None:
     """Raise an error, before hours of training, if the images are missing or have no labels."""
-    names = image_names(study.data)
-    if study.data != "critters" and study.labels != "none" and not find_labels(study.data, names, study.labels):
+    if study.data == "critters":
+        return
+    folder = DataFolder(study.data)
+    if study.labels != "none" and not find_labels(folder, study.labels).types:
         raise ValueError(f"no labels for the images in {study.data}: put a labels.csv there, or give --labels FILE or "
                          f"--labels none")
 
