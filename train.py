@@ -202,7 +202,7 @@ def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
     """Train the autoencoder of `--autoencoder own`, or continue with it, as the first stage of a run."""
     shared = {name: getattr(config, name) for name in (
         "data", "num_critters", "data_seed", "holdout", "splits", "image_size", "augment", "seed", "save_every",
-        "workers", "device", "precision", "compile")}
+        "log", "workers", "device", "precision", "compile")}
     own = AutoencoderTrainingConfig(**shared, **OWN_AUTOENCODER, epochs=config.autoencoder_epochs,
                                     run_name=str(Path(config.run_name, FIRST_STAGE)))
     folder = run_folder("checkpoints", own.run_name)

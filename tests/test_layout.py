@@ -20,7 +20,7 @@ ROOT_NAMES = {
     "evaluate.py", "models", "training", "evaluation", "critters", "tools", "utils", "docs", "data", "outputs",
     "checkpoints", "tests",
 }
-OPTIONAL_NAMES = {"export.py", "web", "requirements-export.txt"}
+OPTIONAL_NAMES = {"export.py", "web", "requirements-export.txt", "requirements-tensorboard.txt"}
 IGNORED_NAMES = {".git", "__pycache__", ".venv", "venv", ".pytest_cache", ".ruff_cache"}  # without git to say so
 
 # Which rooms a room may import from, beside itself. A room is a root module or a top-level folder; in tools it is a

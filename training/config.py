@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from training.augment import AUGMENT_MODES
 from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
+from training.event_log import LOGS, check_tensorboard
 from training.run_dir import find_first_stage, find_run
 from training.splits import SPLIT_SETTINGS
 from utils.cli import (
@@ -65,6 +66,8 @@ class TrainingConfig:
     keep: int = setting(0, "number of newest milestones to keep, besides those of --milestones; 0: all", least=0)
     save_every: float = setting(10.0, "minutes between saves of checkpoints/latest.pt", least=0)
 
+    log: str = setting("none", "tensorboard: also write curves, grids and settings as a TensorBoard event file; needs "
+                               "the package tensorboard", LOGS)
     workers: int = setting(-1, "DataLoader workers per training process, if the images do not fit in memory; -1: one "
                                "per core, at most 8", least=-1)
     device: str = device_setting()
@@ -78,8 +81,8 @@ class TrainingConfig:
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
     "epochs", "max_steps", "grad_accum", "grad_checkpoint", "sample_every", "num_samples", "sampler", "sample_steps",
-    "guidance", "milestone_every", "milestones", "keep", "save_every", "workers", "device", "precision", "compile",
-    "run_name",
+    "guidance", "milestone_every", "milestones", "keep", "save_every", "log", "workers", "device", "precision",
+    "compile", "run_name",
 }
 
 
@@ -158,6 +161,8 @@ def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_clas
         choices, value = declared.metadata["choices"], getattr(config, declared.name)
         if choices and value not in choices:
             raise ValueError(f"--{declared.name} {value} is not available any more; choose one of {', '.join(choices)}")
+    if config.log == "tensorboard":
+        check_tensorboard()
     return config
 
 

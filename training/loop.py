@@ -266,6 +266,7 @@ class Writer:
         """Update the loss curve and draw the sample grid."""
         self.run.write("loss.png", self.run.draw_loss)
         self.run.write(self.timetable.grid_name(number), self.draw_grid)
+        self.run.log_grid(number, self.timetable.grid_name(number))
 
     def _save(self, name: str, number: int, **more: Any) -> bool:
         return self.run.save(name, **self.content, ema=self.step.ema.state_dict(), config=asdict(self.config),

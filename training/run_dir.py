@@ -16,13 +16,14 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from training.event_log import EventLog
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.device import peak_memory
 from utils.files import replacing
@@ -190,6 +191,10 @@ class RunDir:
             if new:
                 refuse_to_overwrite(self.checkpoints)  # again: a run may have come and gone while images were read
             self.write("metrics.csv", self._write_metrics)
+        self.events = None
+        if is_main and config.log == "tensorboard":
+            self.events = EventLog(self.outputs, asdict(config), self.history, self.columns)
+            self._log_event(self.events.rewrite)
         self.began, self.spent, self.peak = time.monotonic(), 0.0, 0
         if not new:
             with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # then the count starts anew
@@ -228,6 +233,16 @@ class RunDir:
             self.write("metrics.csv", self._write_metrics)
         else:
             self._try(path, lambda: self._append_metrics(path))
+        if self.events:
+            self._log_event(lambda: self.events.add_row(row))
+
+    def log_grid(self, step: int, name: str) -> None:
+        """Add a sample grid of outputs/ to the event file, if there is one."""
+        if self.events:
+            self._log_event(lambda: self.events.add_grid(step, self.outputs / name))
+
+    def _log_event(self, write: Callable[[], None]) -> None:
+        self._try(self.outputs / "events.out.tfevents", write)
 
     def write(self, name: str, draw: Callable[[Path], None]) -> None:
         """Have `draw` write a file of outputs/, which appears under its name when it is whole."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from training.config import TrainingConfig
+from training.event_log import GRID_NAME
 
 
 class Timetable:
@@ -42,7 +43,7 @@ class Timetable:
         return self.ends_epoch(step) and (epoch % every == 0 or epoch in self.config.milestones)
 
     def grid_name(self, step: int) -> str:
-        return f"generated_epoch_{math.ceil(step / self.steps_per_epoch):04d}.png"
+        return GRID_NAME.format(math.ceil(step / self.steps_per_epoch))
 
     def milestone_name(self, step: int) -> str:
         return f"epoch_{self.epoch(step):04d}.pt"
