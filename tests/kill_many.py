@@ -132,7 +132,7 @@ def compare_events(folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     outputs = folder / "outputs"
-    assert len([*outputs.glob("*tfevents*")]) == 1, f"{folder} has several event files"
+    assert len([path for path in outputs.glob("*tfevents*") if path.stat().st_size]) == 1, f"{folder} has several"
     read = EventAccumulator(str(outputs), size_guidance=dict(scalars=0, images=0)).Reload()
     with (outputs / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -54,7 +54,8 @@ def assert_shows_the_grids(steps_and_files: dict[int, str]) -> None:
 
 
 def event_files() -> list[Path]:
-    return sorted(path for path in Path("outputs").iterdir() if "tfevents" in path.name)
+    """Return the event files in outputs/ that are not empty."""
+    return sorted(path for path in Path("outputs").iterdir() if "tfevents" in path.name and path.stat().st_size)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_after_a_kill_nothing_is_there_twice(logged, seed):
         name: (whole / "outputs" / name).read_bytes() for name in grids.values()}
 
 
-@pytest.mark.parametrize("moment", ["replace", "unlink"])
+@pytest.mark.parametrize("moment", ["replace", "truncate"])
 def test_a_kill_while_the_file_is_rewritten_doubles_nothing(logged, monkeypatch, moment):
     """Read back before anybody resumes."""
     whole, _ = logged
@@ -136,9 +137,7 @@ def test_a_kill_while_the_file_is_rewritten_doubles_nothing(logged, monkeypatch,
         if moment == "replace":
             patch.setattr("utils.files.os.replace", die)
         else:
-            unlink = Path.unlink
-            patch.setattr(Path, "unlink", lambda path, **options: unlink(path, **options) if "tmp" in path.name
-                          else die())
+            patch.setattr(event_log.os, "truncate", die)
         log.rewrite()
     after = curves()
     kept = before if moment == "replace" else {tag: points[:3] for tag, points in before.items()}
@@ -153,6 +152,18 @@ def test_the_times_of_points_outlive_a_resume(logged):
     assert call(train, "--resume", "--max_steps", 0) == 0
     after = {event.step: event.wall_time for event in read_back().Scalars("loss")}
     assert len(before) == 2 and before.items() <= after.items() and len(after) == 6
+
+
+def test_a_tensorboard_that_is_open_shows_a_resumed_run(logged):
+    whole, stopped = logged
+    shutil.copytree(whole / "outputs", "outputs")
+    shutil.copytree(stopped / "checkpoints", "checkpoints")
+    viewer = read_back()
+    assert len(viewer.Scalars("loss")) == 6
+    for steps, length in ((7, 3), (0, 6)):
+        assert call(train, "--resume", "--max_steps", steps) == 0
+        assert [event.step for event in viewer.Reload().Scalars("loss")] == [2 * i + 2 for i in range(length)]
+    assert len([path for path in Path("outputs").iterdir() if "tfevents" in path.name]) == 2  # one is empty
 
 
 def test_logging_can_begin_with_a_resume(tensorboard):

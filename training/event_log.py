@@ -5,13 +5,14 @@
 
 One file holds the whole run. A run that resumes writes it anew from its history, so that no point is there twice,
 whatever a kill has left: the new file appears when it is whole, tells TensorBoard to forget what came before, and then
-the old one goes. Records are appended directly: SummaryWriter starts another file in each life of a run, and writes in
-a thread, where a full disk is out of reach.
+the old one is emptied. Records are appended directly: torch's SummaryWriter starts another file whenever a run starts,
+and writes in a thread of its own, whose errors, as of a full disk, cannot be caught.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -74,8 +75,10 @@ class EventLog:
                                 for event in self._row_events(row, times.get(row["step"], time.time()))))
             _append(temporary, (grids[step] for step in sorted(grids)))
         self.path = path
-        for other in old:
+        for other in old[:-1]:
             other.unlink(missing_ok=True)
+        for other in old[-1:]:  # a TensorBoard goes on to the next file from an empty one, not from none
+            os.truncate(other, 0)
 
     def add_row(self, row: dict) -> None:
         """Add a row of metrics.csv, which is in the history already."""
