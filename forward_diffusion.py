@@ -103,16 +103,21 @@ class NoiseScheduler:
         """Return the signal-to-noise ratio alpha-bar / (1 - alpha-bar), float64 [T] (Kingma et al. 2021)."""
         return (self._tables["signal"] / self._tables["noise"]) ** 2
 
-    def add_noise(self, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, x_0: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor) -> torch.Tensor:
         """Draw from q(x_t | x_0) in one jump (Ho et al. 2020, eq. 4).
 
         Args:
             x_0: clean images [B, C, H, W], in any floating-point precision.
-            t: timesteps [B].
+            t: timesteps [B], or one integer for all.
             noise: standard normal, in the shape of x_0.
         """
         signal, sigma = self._coefficients(t, x_0)
         return signal * x_0 + sigma * noise
+
+    def add_more_noise(self, x_s: torch.Tensor, s: int, t: int, noise: torch.Tensor) -> torch.Tensor:
+        """Draw from q(x_t | x_s) for s < t: noisy images [B, C, H, W] get noisier (Ho et al. 2020, eq. 2, repeated)."""
+        alpha = self.alpha_bar(t) / self.alpha_bar(s)
+        return alpha**0.5 * x_s + (1 - alpha) ** 0.5 * noise
 
     # -----------------------------------------------------------------------------------------------------------------
     # predictions: all conversions between eps, v and x_0 are here

@@ -7,6 +7,7 @@
     python generate.py --gif                                          # also how the images emerge from the noise
     python generate.py --interpolate 3 8                              # from the image of one seed to that of another
     python generate.py --init_image drawing.png --strength 0.6        # from an image of yours
+    python generate.py --init_image photo.png --mask head.png         # draw the white part of the mask anew
 
 The grid goes to outputs/generated.png. Image i depends on seed + i alone, whatever the number or the batch size.
 """
@@ -16,15 +17,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
-from reverse_diffusion import SAMPLERS, slerp
+from reverse_diffusion import SAMPLERS, repeat_parts, slerp
 from training.labels import parse_types
 from utils.cli import MAX_SEED, device_setting, parse, precision_setting, seed_setting, setting
 from utils.device import describe_device, pick_device, use_fast_kernels
@@ -39,10 +41,12 @@ from utils.images import (
     save_image,
     to_pil,
     to_uint8,
+    upright_size,
 )
 
 GIF_FRAMES = 48
 DEFAULT_STRENGTH = 0.6
+DEFAULT_RESAMPLE = 10
 MANY_STEPS = 200  # from here on, a faster sampler is worth a hint
 
 
@@ -69,7 +73,12 @@ class Settings:
     init_image: Path | None = setting(None, "image-to-image: start from this image (centre-cropped) plus noise; runs "
                                             "the last STRENGTH of the steps", kind=Path, metavar="FILE")
     strength: float | None = setting(None, "how far --init_image may change, above 0 and up to 1 (default: "
-                                           f"{DEFAULT_STRENGTH})", kind=float, above=0, most=1)
+                                           f"{DEFAULT_STRENGTH}; 1 with --mask)", kind=float, above=0, most=1)
+    mask: Path | None = setting(None, "inpainting: draw the white part of this image anew, which has the size of "
+                                      "--init_image, and keep the black part; grey counts from half on", kind=Path,
+                                metavar="FILE")
+    resample: int | None = setting(None, "how often --mask repeats each part of the reverse process, to fit the new to "
+                                         f"the kept; 1 is fastest (default: {DEFAULT_RESAMPLE})", kind=int, above=0)
     gif: bool = setting(False, "also animate how the images emerge from the noise")
     output: Path = setting(Path("outputs/generated.png"), "the grid; a GIF gets the same name")
     individual: bool = setting(False, "also write one PNG per image")
@@ -88,6 +97,7 @@ class Plan:
     row_names: Sequence[str] = ()
     x_T: torch.Tensor | None = None  # to start from, [N, C, H, W]; None: the seeds' own noise
     start: int | None = None  # the timestep of x_T; None: the last
+    inpainting: dict[str, Any] = field(default_factory=dict)  # image, redraw, resample of `Pipeline.inpaint`; or none
 
 
 def main() -> None:
@@ -106,16 +116,20 @@ def main() -> None:
         sampler, steps = choose_sampler(args, pipeline)
         settings: dict[str, Any] = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps)
         if args.init_image:
-            strength = args.strength or DEFAULT_STRENGTH
+            strength = choose_strength(args)
             settings |= dict(init_image=args.init_image.name, strength=strength)
             steps = max(1, round(strength * steps))
+        if args.mask:
+            settings |= dict(mask=args.mask.name, resample=plan.inpainting["resample"])
         if args.interpolate:
             settings |= dict(interpolate=list(args.interpolate))
         guidance = choose_guidance(args, plan, pipeline)
         settings |= dict(guidance=guidance, image_size=pipeline.image_size, scale=args.scale)
+        passes = count_passes(plan, steps)
         prepare_output(args, plan, pipeline.image_size)
         print(f"{checkpoint}: {len(plan.seeds)} images of {pipeline.image_size} x {pipeline.image_size}, {sampler} in "
-              f"{steps} steps" + (f", guidance {guidance:g}" if any(plan.types) else "")
+              f"{steps} steps" + (f", repeated in {passes} passes" if passes > steps else "")
+              + (f", guidance {guidance:g}" if any(plan.types) else "")
               + f", on {describe_device(device)}, {pipeline.precision}")
         if steps >= MANY_STEPS and args.sampler is None and not args.interpolate:
             print("hint: --sampler sde-dpm++ takes 20 steps, for images that are about as good")
@@ -136,6 +150,10 @@ def check(args: Settings) -> None:
         raise ValueError("--interpolate goes without --init_image, --gif and --types all: it writes a GIF of its own")
     if args.strength is not None and not args.init_image:
         raise ValueError("--strength needs --init_image FILE, the image to start from")
+    if args.mask and not args.init_image:
+        raise ValueError("--mask needs --init_image FILE, the image of which it shows the part to draw anew")
+    if args.resample is not None and not args.mask:
+        raise ValueError("--resample needs --mask FILE, the part of --init_image to draw anew")
 
 
 def make_plan(args: Settings, pipeline: Pipeline) -> Plan:
@@ -179,15 +197,51 @@ def plan_interpolation(args: Settings, pipeline: Pipeline, types: tuple[str, ...
 
 
 def start_from_image(args: Settings, plan: Plan, pipeline: Pipeline) -> None:
-    """Start from an image with the noise of a timestep on it (SDEdit, Meng et al. 2022)."""
-    strength = args.strength or DEFAULT_STRENGTH
+    """Start from an image with the noise of a timestep on it (SDEdit, Meng et al. 2022), and keep what a mask says."""
+    image = read_image("--init_image", args.init_image, pipeline.image_size)
+    if args.mask:
+        redraw = read_mask(args, pipeline.image_size)
+        plan.inpainting = dict(image=image, redraw=redraw, resample=args.resample or DEFAULT_RESAMPLE)
+    strength = choose_strength(args)
+    if args.mask and strength == 1:
+        return  # nothing of the masked part stays: it starts from pure noise
     plan.start = max(0, round(strength * pipeline.scheduler.num_timesteps) - 1)
-    try:
-        image = torch.from_numpy(decode_image(args.init_image, pipeline.image_size)).float() / 127.5 - 1
-    except Exception as error:  # a damaged file can make a decoder raise nearly anything
-        raise ValueError(f"cannot read --init_image {args.init_image}: {decode_error(error)}") from error
     t, noise = torch.full((len(plan.seeds),), plan.start), pipeline.noise(plan.seeds)
     plan.x_T = pipeline.scheduler.add_noise(pipeline.encode(image[None]).expand_as(noise), t, noise)
+
+
+def choose_strength(args: Settings) -> float:
+    return args.strength or (1.0 if args.mask else DEFAULT_STRENGTH)
+
+
+def read_image(flag: str, path: Path, image_size: int) -> torch.Tensor:
+    """Return an image [3, S, S] in [-1, 1]. Raises ValueError, naming the flag, for a file that cannot be read."""
+    try:
+        return torch.from_numpy(decode_image(path, image_size)).float() / 127.5 - 1
+    except Exception as error:  # a damaged file can make a decoder raise nearly anything
+        raise ValueError(f"cannot read {flag} {path}: {decode_error(error)}") from error
+
+
+def read_mask(args: Settings, image_size: int) -> torch.Tensor:
+    """Return the part of --init_image to draw anew, boolean [S, S]: squares of the mask that are white for the most.
+
+    Raises:
+        ValueError: for a mask that cannot be read, or does not fit the image.
+    """
+    read_image("--mask", args.mask, image_size)  # says what is wrong with the file
+    size, image_shape = upright_size(args.mask), upright_size(args.init_image)
+    if size != image_shape:
+        raise ValueError("--mask {} has {} x {} pixels and --init_image has {} x {}; give a mask of the image's "
+                         "size".format(args.mask, *size, *image_shape))
+    white = read_image("--mask", args.mask, min(size)).mean(dim=0) > 0  # cropped as the image is, not scaled yet
+    redraw = F.interpolate(white[None, None].float(), (image_size, image_size), mode="area")[0, 0] >= 0.5
+    if not redraw.any():
+        raise ValueError(f"--mask {args.mask} is black wherever the image is used, so nothing would be drawn; make "
+                         f"white what is to be drawn anew")
+    if redraw.all():
+        raise ValueError(f"--mask {args.mask} is white wherever the image is used, so nothing would be kept; make "
+                         f"black what is to stay, or leave --mask out")
+    return redraw
 
 
 def choose_sampler(args: Settings, pipeline: Pipeline) -> tuple[str, int]:
@@ -225,8 +279,9 @@ def prepare_output(args: Settings, plan: Plan, image_size: int) -> None:
     for path in written:
         if path.is_dir():
             raise ValueError(f"--output {path} is a folder; name a file in it")
-        if args.init_image and path.exists() and path.samefile(args.init_image):
-            raise ValueError(f"--output {path} would overwrite --init_image; give it another name")
+        for flag, source in (("--init_image", args.init_image), ("--mask", args.mask)):
+            if source and path.exists() and path.samefile(source):
+                raise ValueError(f"--output {path} would overwrite {flag}; give it another name")
         if max(rows, plan.columns) * (image_size + 2) * args.scale + 200 > LONGEST_SIDE[path.suffix.lower()]:
             raise ValueError(f"{path} would be larger than a {path.suffix} can be; give a smaller --scale or "
                              f"--num_images")
@@ -238,22 +293,29 @@ def prepare_output(args: Settings, plan: Plan, image_size: int) -> None:
             print(f"note: {folder}/ already has {others} images; those with other names stay there")
 
 
+def count_passes(plan: Plan, steps: int) -> int:
+    """Return the number of network passes for an image, of which inpainting needs several a step."""
+    return len(repeat_parts([(0, -1)] * steps, plan.inpainting.get("resample", 1)))
+
+
 def draw(pipeline: Pipeline, plan: Plan, args: Settings, sampler: str, steps: int, guidance: float
          ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
     """Draw the images, and the frames of the animation: for some steps, the x_t of each batch as uint8."""
     frames: dict[int, list[torch.Tensor]] = {}
-    every = math.ceil(steps / GIF_FRAMES)
-    with tqdm(total=steps * math.ceil(len(plan.seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
+    passes = count_passes(plan, steps)
+    every = math.ceil(passes / GIF_FRAMES)
+    with tqdm(total=passes * math.ceil(len(plan.seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
         def after_step(i: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
             bar.update()
-            if args.gif and (i % every == 0 or i == steps - 1):
+            if args.gif and i % every == 0 and i < passes - 1:
                 frames.setdefault(i, []).append(to_uint8(pipeline.decode(x_t)))
 
-        images = pipeline.sample(
-            plan.seeds, labels=pipeline.class_labels(plan.types) if any(plan.types) else None, guidance=guidance,
-            sampler=sampler, steps=steps, x_T=plan.x_T, start=plan.start, batch_size=args.batch_size,
-            callback=after_step,
+        images = (pipeline.inpaint if plan.inpainting else pipeline.sample)(
+            plan.seeds, **plan.inpainting, labels=pipeline.class_labels(plan.types) if any(plan.types) else None,
+            guidance=guidance, sampler=sampler, steps=steps, x_T=plan.x_T, start=plan.start,
+            batch_size=args.batch_size, callback=after_step,
         )
+    frames[passes] = [to_uint8(images)]
     return images, frames
 
 

@@ -129,26 +129,68 @@ def default_steps(sampler: str, num_timesteps: int) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# inpainting
+
+
+@dataclass(frozen=True)
+class Inpainting:
+    """What is kept of an image, while the rest is drawn to fit it (RePaint, Lugmayr et al. 2022, algorithm 1).
+
+    At every timestep, the kept pixels of x_t are those of the image with that timestep's noise. The network sees them
+    and continues them. But the rest of x_t was drawn before this step's noise of the kept pixels was, so it never quite
+    fits. Hence parts of the reverse process are repeated: back up to more noise, and down again from there.
+
+    Attributes:
+        x_0: the clean image, [1, C, H, W] or [B, C, H, W].
+        redraw: boolean, broadcasts to x_0: true where the image is drawn anew.
+        resample: how often each part is run, at least 1. 1 is the plain replacement of the kept pixels.
+        jump: steps in a part. None: a 25th of all steps, as in the paper (10 of 250), and at least 2, without which no
+            step of a second-order sampler would have a previous one.
+    """
+
+    x_0: torch.Tensor
+    redraw: torch.Tensor
+    resample: int = 10
+    jump: int | None = None
+
+    def keep(self, scheduler: NoiseScheduler, x_t: torch.Tensor, t: int, noise: torch.Tensor | None) -> torch.Tensor:
+        """Return x_t with the kept pixels of the image, at the noise of timestep t; t = -1 is clean (eq. 8)."""
+        kept = self.x_0 if t == -1 else scheduler.add_noise(self.x_0, t, noise)
+        return torch.where(self.redraw, x_t, kept)
+
+
+def repeat_parts(path: list[tuple[int, int]], resample: int, jump: int | None = None) -> list[tuple[int, int]]:
+    """Return the steps (t, t_next) of the reverse process with each part of `jump` steps `resample` times.
+
+    Steps that fill no part are the noisiest, and are made once; so is the last one, to the clean image. See
+    `Inpainting` for the arguments.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+    jump = max(2, round(len(path) / 25)) if jump is None else jump
+    if resample < 1 or jump < 1:
+        raise ValueError(f"resample and jump must be at least 1, not {resample} and {jump}")
+    *path, last = path
+    first = len(path) % jump
+    repeated = path[:first]
+    for i in range(first, len(path), jump):
+        repeated += resample * path[i : i + jump]
+    return [*repeated, last]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the reverse process
 
 
 @torch.no_grad()
-def sample(
-    model: Callable[..., torch.Tensor],
-    scheduler: NoiseScheduler,
-    x_T: torch.Tensor,
-    *,
-    sampler: str = "ddpm",
-    steps: int | None = None,
-    prediction: str = "eps",
-    labels: torch.Tensor | None = None,
-    guidance: float = 1.0,
-    start: int | None = None,
-    clip: bool | float = True,
-    draw_noise: Callable[[], torch.Tensor] | None = None,
-    callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
-    **options: float | str,
-) -> torch.Tensor:
+def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: torch.Tensor, *,
+           sampler: str = "ddpm", steps: int | None = None, prediction: str = "eps",
+           labels: torch.Tensor | None = None, guidance: float = 1.0, start: int | None = None,
+           clip: bool | float = True, inpainting: Inpainting | None = None,
+           draw_noise: Callable[[], torch.Tensor] | None = None,
+           callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
+           **options: float | str) -> torch.Tensor:
     """Run the reverse process from x_T, standard normal [B, C, H, W], to images of the same shape.
 
     Args:
@@ -165,8 +207,9 @@ def sample(
         clip: keep each predicted x_0 within [-1, 1], or within plus and minus another number; eps is derived again
             from the clipped x_0. Without it, the errors of an eps network at large t (multiplied by up to 157 on the
             linear schedule, and more on the cosine one) end as black or garish images.
+        inpainting: what to keep of an image; `repeat_parts` then makes more passes of the steps.
         draw_noise: returns the noise of the next step, shaped as x_T. None: torch's global generator.
-        callback: called after each step with (step number from 0, x_t, predicted x_0).
+        callback: called after each pass with (its number from 0, x_t, predicted x_0).
         options: of the sampler: `eta` for ddim, `variance` for ddpm.
 
     Returns:
@@ -180,15 +223,19 @@ def sample(
     chosen = find_sampler(sampler)
     if unknown := options.keys() - set(chosen.options):
         raise ValueError(f"sampler {sampler} has no option {', '.join(sorted(unknown))}")
-    start = scheduler.num_timesteps - 1 if start is None else start
-    if not 0 <= start < scheduler.num_timesteps:
-        raise ValueError(f"start must be in 0 ... {scheduler.num_timesteps - 1}, not {start}")
-    timesteps = trailing_timesteps(start + 1, steps)
+    path = _path(scheduler.num_timesteps, start, steps)
     network = _guided(model, x_T, labels, guidance)
     draw_noise = draw_noise or (lambda: torch.randn_like(x_T))
 
-    x_t, previous = x_T, None
-    for i, (t, t_next) in enumerate(zip(timesteps, timesteps[1:] + [-1])):
+    x_t, now, previous = x_T, path[0][0], None
+    if inpainting is not None:
+        path = repeat_parts(path, inpainting.resample, inpainting.jump)
+        x_t = inpainting.keep(scheduler, x_T, now, draw_noise())
+    for i, (t, t_next) in enumerate(path):
+        # Where inpainting repeats a part of the path, go back up.
+        if t > now:
+            x_t, previous = scheduler.add_more_noise(x_t, now, t, draw_noise()), None
+
         # Predict the clean image.
         t_batch = torch.full((len(x_t),), t, device=x_t.device)
         x_0 = scheduler.to_x_0(prediction, network(x_t, t_batch).to(x_t.dtype), x_t, t_batch)
@@ -197,11 +244,23 @@ def sample(
 
         # Go to the next timestep. The last step, to the clean image, adds no noise.
         mean, std = chosen.step(scheduler, x_0, x_t, t, t_next, previous, **options)
-        x_t = mean + std * draw_noise() if t_next >= 0 and std > 0 else mean
-        previous = t, x_0
+        noise = draw_noise() if t_next >= 0 and (std > 0 or inpainting is not None) else None
+        x_t = mean if noise is None else mean + std * noise
+        if inpainting is not None:
+            x_t = inpainting.keep(scheduler, x_t, t_next, noise)
+        now, previous = t_next, (t, x_0)
         if callback is not None:
             callback(i, x_t, x_0)
     return x_t
+
+
+def _path(num_timesteps: int, start: int | None, steps: int | None) -> list[tuple[int, int]]:
+    """Return the steps (t, t_next) from `start` to the clean image, where t_next is -1. Raises ValueError."""
+    start = num_timesteps - 1 if start is None else start
+    if not 0 <= start < num_timesteps:
+        raise ValueError(f"start must be in 0 ... {num_timesteps - 1}, not {start}")
+    timesteps = trailing_timesteps(start + 1, steps)
+    return list(zip(timesteps, timesteps[1:] + [-1]))
 
 
 def _guided(model: Callable, x_T: torch.Tensor, labels: torch.Tensor | None, guidance: float) -> Callable:

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from forward_diffusion import PREDICTIONS, NoiseScheduler
 from models.space import LatentSpace, PixelSpace, space_from_state
-from reverse_diffusion import default_steps, find_sampler, sample
+from reverse_diffusion import Inpainting, default_steps, find_sampler, sample
 from unet import UNet, UNetConfig
 from utils.checkpoint import CheckpointError, build_module, check_finite, load_checkpoint
 from utils.cuda_graph import CUDAGraphed
@@ -175,7 +176,7 @@ class Pipeline:
             start: the timestep of x_T; None: the last.
             batch_size: images at a time; fewer if a GPU's memory does not suffice.
             callback: see `reverse_diffusion.sample`.
-            options: of the sampler, and `clip`.
+            options: of the sampler, `clip`, and `inpainting` in the space of x_0.
 
         Raises:
             ValueError: as `choose_sampler`, `check_guidance` and `reverse_diffusion.sample` do, and for a number of
@@ -207,6 +208,24 @@ class Pipeline:
             images.append(self.decode(x_0))
             i += batch_size
         return torch.cat(images)
+
+    def inpaint(self, seeds: Sequence[int], image: torch.Tensor, redraw: torch.Tensor, *, resample: int = 10,
+                jump: int | None = None, **options: Any) -> torch.Tensor:
+        """Draw part of an image anew: images [N, 3, S, S] that equal `image` elsewhere, to the last bit.
+
+        In latents, a cell is drawn anew if one of its pixels is, and the kept pixels of such a cell are put back after
+        decoding. So is what the autoencoder lost of all others.
+
+        Args:
+            image: [3, S, S] in [-1, 1].
+            redraw: boolean [S, S], true where the image is drawn anew.
+            resample, jump: see `reverse_diffusion.Inpainting`.
+            options: as `sample` has them.
+        """
+        cells = F.max_pool2d(redraw[None].float(), self.space.factor) > 0
+        x_0 = self.encode(image[None])
+        inpainting = Inpainting(x_0.to(self.device), cells.to(self.device), resample, jump)
+        return torch.where(redraw, self.sample(seeds, inpainting=inpainting, **options), image)
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """Return the network's output for x_t [B, C, H, W], t [B] and labels [B, K], all on the device."""

@@ -1,4 +1,4 @@
-"""Data with known answers: four pixels, each Gaussian with its own mean and standard deviation."""
+"""Data with known answers: four pixels, each Gaussian with its own mean and standard deviation, or correlated."""
 
 from __future__ import annotations
 
@@ -28,6 +28,16 @@ def exact(scheduler: NoiseScheduler, prediction: str = "eps", mean: torch.Tensor
         deviation = (x_t - a * mu) / (a**2 * std.to(x_t) ** 2 + b**2)
         x_0, eps = mu + a * std.to(x_t) ** 2 * deviation, b * deviation
         return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[prediction]
+
+    return model
+
+
+def exact_of_covariance(scheduler: NoiseScheduler, covariance: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return the optimal network that predicts x_0, for pixels of mean `MEAN` with a covariance [4, 4] between them."""
+    def model(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        abar = scheduler.alpha_bar(t[0].item())
+        gain = abar**0.5 * torch.linalg.solve(abar * covariance + (1 - abar) * torch.eye(4).to(covariance), covariance)
+        return MEAN + ((x_t - abar**0.5 * MEAN).flatten(1) @ gain).view_as(x_t)
 
     return model
 

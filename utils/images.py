@@ -72,6 +72,12 @@ def open_image(path: str | Path | ZipMember) -> Image.Image:
     return Image.open(path.open() if isinstance(path, ZipMember) else path, formats=DECODERS)
 
 
+def upright_size(path: str | Path) -> tuple[int, int]:
+    """Return width and height of an image file in pixels, after its EXIF rotation."""
+    with open_image(path) as image:
+        return ImageOps.exif_transpose(image).size
+
+
 def decode_error(error: Exception) -> str:
     """Say on one line why `decode_image` failed."""
     if isinstance(error, UnidentifiedImageError):
