@@ -45,9 +45,9 @@ def replacing_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]
         names: what a folder of this kind holds. One with anything else in it is not replaced, nor is a file.
 
     Raises:
-        FileExistsError: for such a folder or file.
+        ValueError: for such a folder or file.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     if old.is_dir() and not path.exists():
         os.replace(old, path)
@@ -73,14 +73,21 @@ def replacing_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]
 
 
 def _check_replaceable(path: Path, names: Collection[str]) -> None:
-    if os.path.lexists(path) and not path.is_dir():
-        raise FileExistsError(f"{path} is a file; name a folder")
-    if path.is_symlink():
-        raise FileExistsError(f"{path} is a link; name the folder itself")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; name a folder")
     for content in sorted(path.iterdir()) if path.is_dir() else ():
         if content.name not in names:
-            raise FileExistsError(f"{path} holds {content.name}, which is of something else and would be lost; name "
-                                  f"another folder, or a new one")
+            raise ValueError(f"{path} holds {content.name}, which would be lost; name another folder, or a new one")
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name `path` in the OSError of a block that replaces it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}); what stood there before is untouched"
+                      ) from error
 
 
 def _sync(path: Path) -> None:

@@ -1,7 +1,6 @@
 """ONNX: a network, or an autoencoder's half, as one file for any runtime.
 
-    graph = denoiser_graph(pipeline, output="prediction")
-    Path("model.onnx").write_bytes(graph.SerializeToString())
+    write_file(pipeline, "critters", Path("critters.onnx"))
 
 The batch is free, everything else fixed. Weights may be stored as float16; they are cast in the graph, and all
 arithmetic is in float32.
@@ -10,22 +9,28 @@ arithmetic is in float32.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from models.export.description import describe
 from models.pipeline import Pipeline
-from utils.errors import UserError
+from utils.errors import UserError, first_line
+from utils.files import replacing, replacing_folder
 from utils.packages import optional_package
 
 LARGEST_FILE = 2**31 - 1  # bytes: a limit of the format
 REQUIREMENTS = "requirements-export.txt"
-# Largest difference from PyTorch, in units of the output's largest value, that a written file may have.
+NAMES = ("model.onnx", "encoder.onnx", "decoder.onnx", "model.json")  # of an exported folder
+# Largest difference from PyTorch, in units of the output's largest value (at least 1), that a file may have.
 TOLERANCE = {"float32": 1e-3, "float16": 0.1}
 
 
@@ -73,6 +78,54 @@ class Decoder(nn.Module):
 
     def forward(self, x_0: torch.Tensor) -> torch.Tensor:
         return self.autoencoder.decode(x_0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def write_file(pipeline: Pipeline, name: str, path: Path, half: bool = False) -> None:
+    """Write a model of pixels as one file, with its description as JSON in the metadata, at "pokediff".
+
+    Raises:
+        UserError: for a model that ONNX cannot hold in one file, and for a missing package.
+        OSError: if the file cannot be written.
+    """
+    if pipeline.space.is_latent:
+        raise UserError(f"a model of latents is three networks, not one file: give --output a folder, not {path}")
+    description = describe(pipeline, name) | dict(output="prediction")
+    with replacing(path, sync=True) as temporary:
+        graph = denoiser_graph(pipeline, "prediction", half)
+        graph.metadata_props.add(key="pokediff", value=json.dumps(description, allow_nan=False))
+        temporary.write_bytes(graph.SerializeToString())
+
+
+def write_folder(pipeline: Pipeline, name: str, folder: Path, half: bool = False) -> None:
+    """Write a folder as `write_model` fills it, whole or not at all."""
+    with replacing_folder(folder, NAMES) as temporary:
+        write_model(pipeline, name, temporary, "prediction", half)
+
+
+def write_model(pipeline: Pipeline, name: str, folder: Path, output: str, half: bool, max_types: int = 2) -> None:
+    """Write model.onnx, model.json and, for a model of latents, encoder.onnx and decoder.onnx into a folder.
+
+    Args:
+        output: of model.onnx, see `denoiser_graph`.
+    """
+    graphs = {"model.onnx": denoiser_graph(pipeline, output, half)}
+    if pipeline.space.is_latent:
+        graphs |= autoencoder_graphs(pipeline, half)
+    description = describe(pipeline, name, max_types) | dict(output=output, bytes={}, sha256={})
+    for file_name, graph in graphs.items():
+        content = graph.SerializeToString()
+        (folder / file_name).write_bytes(content)
+        description["bytes"][file_name] = len(content)
+        description["sha256"][file_name] = hashlib.sha256(content).hexdigest()
+    (folder / "model.json").write_text(json.dumps(description, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# graphs
 
 
 def require_packages() -> None:
@@ -128,14 +181,18 @@ def build_graph(module: nn.Module, inputs: dict[str, torch.Tensor], output: str,
                         + ("" if half else "; --half takes half of the bytes"))
     module = module.eval().requires_grad_(False)
     batch = torch.export.Dim("batch", min=1)
-    with _quiet():
-        program = torch.onnx.export(
-            module, tuple(inputs.values()), dynamo=True, external_data=False, verbose=False,
-            input_names=list(inputs), output_names=[output], dynamic_shapes={name: {0: batch} for name in inputs})
-    graph = program.model_proto
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                module, tuple(inputs.values()), dynamo=True, external_data=False, verbose=False,
+                input_names=list(inputs), output_names=[output], dynamic_shapes={name: {0: batch} for name in inputs})
+            graph = program.model_proto
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise UserError(f"torch {torch.__version__} cannot translate this network to ONNX ({first_line(error)}); --to "
+                        f"safetensors can hold it") from error
     _remove_traces(graph)
     if half:
-        _halve_weights(graph)
+        halve_weights(graph)
     _check(graph, module, inputs, TOLERANCE["float16" if half else "float32"])
     return graph
 
@@ -163,7 +220,7 @@ def _remove_traces(graph: Any) -> None:
                 part.ClearField(field)
 
 
-def _halve_weights(graph: Any) -> None:
+def halve_weights(graph: Any) -> None:
     """Store matrices and kernels as float16, cast to float32 where they are used.
 
     Biases, norms and the schedule's tables stay: they are few, and small errors in them shift whole images.

@@ -7,16 +7,14 @@ It holds the files of web/, the runtime (ort/) and the model (model/); any stati
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import subprocess
 import tarfile
 import tempfile
+import zlib
 from pathlib import Path
 
-from models.export.description import describe
-from models.export.onnx import autoencoder_graphs, denoiser_graph, require_packages
+from models.export.onnx import require_packages, write_model
 from models.pipeline import Pipeline
 from utils.errors import UserError, first_line
 from utils.files import replacing_folder
@@ -24,79 +22,64 @@ from utils.files import replacing_folder
 PAGE = Path(__file__).resolve().parents[2] / "web"
 RUNTIME_PACKAGE = "onnxruntime-web@1"
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+LARGEST_RUNTIME_FILE = 200 * 2**20  # bytes
 
 
-def write_web(pipeline: Pipeline, name: str, folder: Path, runtime: Path | None = None, half: bool = True) -> None:
-    """Write the page, its runtime and the model to `folder`, whole or not at all.
+def write_web(pipeline: Pipeline, name: str, folder: Path, runtime: Path | None = None, max_types: int = 2) -> None:
+    """Write the page, its runtime and the model, its weights as float16, to `folder`, whole or not at all.
 
     Args:
         runtime: npm's onnxruntime-web, as its tarball or unpacked. None: npm fetches it.
-        half: store the weights as float16.
+        max_types: the largest set of types that the page offers.
 
     Raises:
         UserError: for a runtime that cannot be had, a missing package, a model that ONNX cannot hold.
         OSError: if the folder cannot be written.
     """
     require_packages()
-    page = [path for path in sorted(PAGE.iterdir()) if not path.name.startswith(".")] if PAGE.is_dir() else []
+    if not (PAGE / "index.html").is_file():
+        raise UserError(f"there is no page at {PAGE}; get it from the repository")
+    if PAGE in (folder.resolve(), *folder.resolve().parents):
+        raise ValueError(f"--output {folder} is the page's own source; name another folder")
+    page = [path for path in sorted(PAGE.iterdir()) if not path.name.startswith(".")]
     with replacing_folder(folder, names=[*(path.name for path in page), "ort", "model"]) as temporary:
         for path in page:
-            if path.is_dir():
-                shutil.copytree(path, temporary / path.name)
-            else:
-                shutil.copyfile(path, temporary / path.name)
-        copy_runtime(runtime, temporary / "ort")
-        write_model(pipeline, name, temporary / "model", half)
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, temporary / path.name)
+        (temporary / "ort").mkdir()
+        for file_name, content in read_runtime(runtime).items():
+            (temporary / "ort" / file_name).write_bytes(content)
+        (temporary / "model").mkdir()
+        write_model(pipeline, name, temporary / "model", "x_0", half=True, max_types=max_types)
 
 
-def write_model(pipeline: Pipeline, name: str, folder: Path, half: bool) -> None:
-    """Write model.onnx, model.json and, for a latent model, encoder.onnx and decoder.onnx into a new folder."""
-    graphs = {"model.onnx": denoiser_graph(pipeline, "x_0", half)}
-    if pipeline.space.is_latent:
-        graphs |= autoencoder_graphs(pipeline, half)
-    folder.mkdir()
-    description = describe(pipeline, name) | dict(bytes={}, sha256={})
-    for file_name, graph in graphs.items():
-        content = graph.SerializeToString()
-        (folder / file_name).write_bytes(content)
-        description["bytes"][file_name] = len(content)
-        description["sha256"][file_name] = hashlib.sha256(content).hexdigest()
-    (folder / "model.json").write_text(json.dumps(description, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def copy_runtime(source: Path | None, folder: Path) -> None:
-    """Copy the runtime's files into a new folder.
+def read_runtime(source: Path | None) -> dict[str, bytes]:
+    """Return the runtime's files by name.
 
     Raises:
         UserError: if `source` is not the package onnxruntime-web, or npm cannot fetch it.
     """
-    folder.mkdir()
     if source is None:
         with tempfile.TemporaryDirectory() as downloads:
-            _copy_from(_npm_pack(Path(downloads)), folder)
-    else:
-        _copy_from(source, folder)
-
-
-def _copy_from(source: Path, folder: Path) -> None:
-    problem = f"--runtime {source} is not npm's package onnxruntime-web, as a tarball or unpacked"
-    if source.is_dir():
-        for name in RUNTIME_FILES:
-            found = [path for path in (source / name, source / "dist" / name, source / "package/dist" / name)
-                     if path.is_file()]
-            if not found:
-                raise UserError(f"{problem}: it has no dist/{name}")
-            shutil.copyfile(found[0], folder / name)
-        return
-    if not source.is_file():
+            return read_runtime(_npm_pack(Path(downloads)))
+    if not source.exists():
         raise UserError(f"there is no --runtime {source}; `npm pack {RUNTIME_PACKAGE}` fetches one")
     try:
+        if source.is_dir():
+            folder = source / "package" if (source / "package").is_dir() else source
+            return {name: (folder / "dist" / name).read_bytes() for name in RUNTIME_FILES}
         with tarfile.open(source) as archive:
-            for name in RUNTIME_FILES:
-                with archive.extractfile(f"package/dist/{name}") as file, open(folder / name, "wb") as copy:
-                    shutil.copyfileobj(file, copy)
-    except (tarfile.TarError, KeyError, EOFError, AttributeError) as error:
-        raise UserError(f"{problem} ({first_line(error)})") from error
+            return {name: _read_member(archive, f"package/dist/{name}") for name in RUNTIME_FILES}
+    except (OSError, EOFError, KeyError, ValueError, tarfile.TarError, zlib.error) as error:
+        raise UserError(f"--runtime {source} is not npm's package onnxruntime-web, as its tarball or unpacked "
+                        f"({first_line(error)})") from error
+
+
+def _read_member(archive: tarfile.TarFile, name: str) -> bytes:
+    member = archive.getmember(name)
+    if not member.isfile() or member.size > LARGEST_RUNTIME_FILE:
+        raise ValueError(f"{name} is of another kind")
+    return archive.extractfile(member).read()
 
 
 def _npm_pack(folder: Path) -> Path:
