@@ -10,7 +10,7 @@ const at = (path) => new URL(`./${path}`, import.meta.url);
 
 /** Return the content of model.json. */
 export async function fetchModel() {
-  const response = await get("model/model.json");
+  const response = await get("model/model.json", { cache: "no-cache" }); // asks the server whether it is still that
   let model;
   try {
     model = await response.json();
@@ -42,16 +42,20 @@ export async function fetchBytes(model, names, report, { withRuntime = true } = 
     const sum = (key) => progress.reduce((total, part) => total + part[key], 0);
     report(sum("received"), known ? Math.max(sum("total"), sum("received")) : 0);
   };
-  const contents = await Promise.all(paths.map((path, i) => fetchOne(path, model.bytes?.[names[i]], (part) => {
-    progress[i] = part;
-    tell();
-  })));
+  const contents = await Promise.all(paths.map((path, i) => {
+    // The hash makes another address of another content, so that no cache can give an older one.
+    const version = model.sha256?.[names[i]]?.slice(0, 16) ?? "";
+    return fetchOne(path, model.bytes?.[names[i]], version, (part) => {
+      progress[i] = part;
+      tell();
+    });
+  }));
   await Promise.all(names.map((name, i) => check(name, contents[i], model)));
   return { model: Object.fromEntries(names.map((name, i) => [name, contents[i]])), runtime: contents[names.length] };
 }
 
-async function fetchOne(path, size, report) {
-  const response = await get(path);
+async function fetchOne(path, size, version, report) {
+  const response = await get(path, {}, version);
   const packed = response.headers.get("content-encoding"); // then the length is not that of the content
   const total = size ?? (packed ? 0 : Number(response.headers.get("content-length") ?? 0));
   const parts = [];
@@ -73,10 +77,12 @@ async function fetchOne(path, size, report) {
   return new Uint8Array(await new Blob(parts).arrayBuffer());
 }
 
-async function get(path) {
+async function get(path, options = {}, version = "") {
+  const address = at(path);
+  if (version) address.searchParams.set("v", version);
   let response;
   try {
-    response = await fetch(at(path));
+    response = await fetch(address, options);
   } catch {
     throw new Problem(`${path} could not be fetched. Is the connection, or the server, still there?`);
   }

@@ -130,7 +130,6 @@ function buildControls() {
   });
   $("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
-  $("retry").addEventListener("click", begin);
   $("notes-close").addEventListener("click", () => { $("notes").hidden = true; });
   $("save").addEventListener("click", () => save([stage.current], stage.moment));
   $("save-all").addEventListener("click", () => save(stage.creatures));
@@ -389,4 +388,5 @@ async function save(creatures, moment) {
   $("action-status").textContent = `Saved as ${name}.`;
 }
 
+$("retry").addEventListener("click", begin);
 begin();
