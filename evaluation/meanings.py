@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Meaning(NamedTuple):
@@ -146,3 +146,18 @@ def format_figure(figure: dict | None, style: str) -> tuple[str, str]:
     if "low" not in figure:
         return value, ""
     return value, f"{format_number(figure['low'], style)} to {format_number(figure['high'], style)}"
+
+
+def table_rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Return a table of figures, in the order of `MEANINGS`, its heading first."""
+    rows = [("", "samples", "real images", "better")]
+    for name, meaning in MEANINGS.items():
+        if name in figures:
+            cells = [_cell(figure, meaning.style) for figure in (figures[name], figures[name].get("real"))]
+            rows.append((meaning.heading, *cells, meaning.better))
+    return rows
+
+
+def _cell(figure: dict | None, style: str) -> str:
+    value, interval = format_figure(figure, style)
+    return f"{value} ({interval})" if interval else value

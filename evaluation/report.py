@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.data import EvaluationData
-from evaluation.meanings import MEANINGS, format_figure
+from evaluation.meanings import MEANINGS, format_figure, table_rows
 from evaluation.measure import Measurement
 from evaluation.plots import plot_bits, plot_over_time
 from evaluation.report_html import Pair, Plot, write_html
@@ -49,22 +49,12 @@ OVER_TIME_PLOT = (
 
 def table(measurement: Measurement) -> str:
     """Return the figures of one measurement as text, in the order of `MEANINGS`, below the name of the data set."""
-    rows = [("", "samples", "real images", "better")]
-    for name, meaning in MEANINGS.items():
-        if name in measurement.figures:
-            figure = measurement.figures[name]
-            cells = [_cell(figure, meaning.style), _cell(figure.get("real"), meaning.style)]
-            rows.append((meaning.heading, *cells, meaning.better))
+    rows = table_rows(measurement.figures)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     if measurement.trained_on is not None:
         lines.insert(0, f"model trained on: {measurement.trained_on}")
     return "\n".join(lines)
-
-
-def _cell(figure: dict | None, style: str) -> str:
-    value, interval = format_figure(figure, style)
-    return f"{value} ({interval})" if interval else value
 
 
 def verdict(measurement: Measurement) -> list[str]:

@@ -1,13 +1,14 @@
-"""replacing: a file is whole or not there, and an error leaves the old one."""
+"""replacing: a file or folder is whole or not there, and an error leaves the old one."""
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
-from utils.files import replacing
+from utils.files import naming, replacing, replacing_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -117,3 +118,74 @@ def test_a_failed_sync_is_an_error_but_not_that_of_the_folder(tmp_path, monkeypa
     with replacing(tmp_path / "a.txt", sync=True) as temporary:
         temporary.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# folders
+
+
+def fill(folder: Path, text: str) -> None:
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub/a.txt").write_text(text)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_the_new_folder_takes_the_place_of_the_old_one(tmp_path, old):
+    if old:
+        fill(tmp_path / "x", "old")
+    with replacing_folder(tmp_path / "x", names=["sub", "other"]) as temporary:
+        fill(temporary, "new")
+        assert (tmp_path / "x").exists() == old
+    assert (tmp_path / "x/sub/a.txt").read_text() == "new" and names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("old", [False, True])
+def test_an_error_leaves_the_old_folder(tmp_path, error, old):
+    if old:
+        fill(tmp_path / "x", "old")
+    with pytest.raises(type(error)), replacing_folder(tmp_path / "x", names=["sub"]) as temporary:
+        fill(temporary, "half")
+        raise error
+    assert names(tmp_path) == ["x"] * old and (not old or (tmp_path / "x/sub/a.txt").read_text() == "old")
+
+
+def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    fill(tmp_path / "x", "old")
+    replace = os.replace
+
+    def fail(source, target):
+        if Path(source).name == ".x.tmp":
+            raise OSError("no rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="no rename"), replacing_folder(tmp_path / "x", names=["sub"]) as temporary:
+        fill(temporary, "new")
+    assert (tmp_path / "x/sub/a.txt").read_text() == "old" and names(tmp_path) == ["x"]
+
+
+def test_what_kills_left_is_cleared_and_an_old_folder_restored(tmp_path):
+    fill(tmp_path / ".x.old", "old")  # a kill between the two renames
+    fill(tmp_path / ".x.tmp", "half")
+    with pytest.raises(ValueError), replacing_folder(tmp_path / "x", names=["sub"]):
+        assert (tmp_path / "x/sub/a.txt").read_text() == "old"
+        raise ValueError
+    assert names(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("other", ["thesis.txt", ".git"])
+def test_a_folder_with_something_else_in_it_is_never_replaced(tmp_path, other):
+    fill(tmp_path / "x", "old")
+    (tmp_path / "x" / other).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds {other}"), replacing_folder(tmp_path / "x", names=["sub"]):
+        pass
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="is a file"), replacing_folder(tmp_path / "file", names=["sub"]):
+        pass
+    assert names(tmp_path) == ["file", "x"] and names(tmp_path / "x") == sorted([other, "sub"])
+
+
+def test_an_error_of_the_disk_names_the_file():
+    with pytest.raises(OSError, match=r"could not write a.txt \(No space left on device\)"), naming("a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")

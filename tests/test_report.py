@@ -1,13 +1,17 @@
 """What the report says of figures that are made up."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from evaluation.meanings import format_figure
 from evaluation.measure import Measurement
-from evaluation.report import epoch_to_keep, table, verdict
+from evaluation.report import _as_dict, epoch_to_keep, table, verdict
+from evaluation.report_markdown import find_report, report_markdown
+from utils.errors import UserError
 
 
 def figure(value: float, low: float, high: float) -> dict:
@@ -70,3 +74,34 @@ def test_figures_are_formatted_with_their_unit():
     assert format_figure(figure(0.0412, 0.03, 0.055), "%") == ("4.1 %", "3.0 to 5.5")
     assert format_figure(dict(value=12.345), "1") == ("12.3", "")
     assert format_figure(None, "2") == ("", "")
+
+
+def test_a_report_becomes_markdown_for_the_checkpoint_that_it_measured(own_folder):
+    honest = measurement(1, (0.012, 0.007, 0.02), 0.1)
+    report = dict(summary="1,000 samples.", runs=[_as_dict(measurement(0, (0, 0, 0), 1.0)) | dict(name="b.pt"),
+                                                  _as_dict(honest)])
+    Path("runs/evaluation").mkdir(parents=True)
+    path = Path("runs/evaluation/report.json")
+    path.write_text(json.dumps(report))
+    assert find_report(Path("runs/a.pt")) == path  # beside the checkpoint
+    text = report_markdown(path, Path("runs/a.pt"))
+    assert "| copies | 1.2 % (0.7 to 2.0) |  | lower |" in text and "1.000" not in text
+    assert "| precision | 60.0 % (55.0 to 65.0) | 80.0 % (75.0 to 85.0) | higher |" in text
+    assert text.startswith("1,000 samples.\n\n|") and f"- {verdict(honest)[0]}" in text
+
+    assert find_report(Path("runs/c.pt")) is None
+    with pytest.raises(Exception, match="no figures of a checkpoint named c.pt"):
+        report_markdown(path, Path("runs/c.pt"))
+    Path("outputs/evaluation").mkdir(parents=True)
+    path.rename("outputs/evaluation/report.json")
+    assert find_report(Path("runs/a.pt")) is None  # of a.pt here, not of that in runs/
+    assert find_report(Path("a.pt")) == Path("outputs/evaluation/report.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{"name": "a.pt"}], "summary": 1}', "[" * 100_000,
+                                  '{"runs": [{"name": "a.pt", "figures": {"copies": {"value": "x"}}}]}'])
+def test_a_report_of_something_else_is_refused_in_one_line(tmp_path, text):
+    (tmp_path / "report.json").write_text(text)
+    with pytest.raises(UserError, match="report") as refused:
+        report_markdown(tmp_path / "report.json", Path("a.pt"))
+    assert "\n" not in str(refused.value)

@@ -24,6 +24,7 @@ COMMANDS = {
     "train.py": "train.txt",
     "generate.py": "generate.txt",
     "evaluate.py": "evaluate.txt",
+    "export.py": "export.txt",
     "unet.py": "unet.txt",
     "-m critters": "critters.txt",
     "-m tools.train_autoencoder": "train_autoencoder.txt",

@@ -2,10 +2,14 @@
 
     save_checkpoint("checkpoints/latest.pt", ema=net.state_dict(), config=...)
     content = load_checkpoint("checkpoints/latest.pt")
+
+A file that ends in .safetensors holds the same content: its tensors by dotted names, such as `ema.conv_in.weight`, and
+the plain values as JSON in its metadata, at "pokediff".
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -16,7 +20,8 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.files import replacing
+from utils.files import naming, replacing
+from utils.packages import optional_package
 
 FORMAT = "PokeDiff checkpoint 1"
 
@@ -39,6 +44,21 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
         raise OSError(f"could not write {path} ({reason}); what stood there before is untouched") from error
 
 
+def save_safetensors(path: str | Path, **content: Any) -> None:
+    """Write tensors and plain values to a .safetensors file, which `load_checkpoint` reads; tuples become lists.
+
+    Raises:
+        OSError: if the file cannot be written; whatever stood at `path` is still there.
+        UserError: if the package safetensors is missing.
+    """
+    package = _safetensors("a .safetensors file")
+    tensors: dict[str, torch.Tensor] = {}
+    described = _take_tensors({"format": FORMAT, **content}, "", tensors)
+    metadata = {"format": "pt", "pokediff": json.dumps(described, allow_nan=False)}
+    with naming(path), replacing(path, sync=True) as temporary:
+        temporary.write_bytes(package.save(tensors, metadata))
+
+
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     """Read a checkpoint, its tensors on the CPU. Code in the file is never run.
 
@@ -47,17 +67,14 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         CheckpointError: if it is missing, truncated or not one of ours.
+        UserError: for a .safetensors file without that package.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; `python train.py --preset quick` trains one in minutes")
+    package = _safetensors(f"{path}") if path.suffix == ".safetensors" else None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.save does not compress: a file that swells is a trap
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise ValueError("compressed")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats that are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        content = _read_archive(path, mmap) if package is None else _read_safetensors(path, package)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # a damaged file can make the reader raise nearly anything
@@ -65,6 +82,47 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} was not made by this PokeDiff (expected '{FORMAT}'); choose another file")
     return _upgrade(content)
+
+
+def _read_archive(path: Path, mmap: bool) -> Any:
+    """Read what torch.save wrote."""
+    with zipfile.ZipFile(path) as archive:  # torch.save does not compress: a file that swells is a trap
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("compressed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about formats that are refused
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _read_safetensors(path: Path, package: Any) -> Any:
+    """Read what `save_safetensors` wrote."""
+    with package.safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["pokediff"])
+        return _give_tensors(described, "", {name: file.get_tensor(name) for name in file.keys()})
+
+
+def _safetensors(purpose: str) -> Any:
+    optional_package("safetensors", purpose, "requirements-export.txt")
+    return optional_package("safetensors.torch", purpose, "requirements-export.txt")
+
+
+def _take_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Move the tensors of nested dicts to `tensors`, by dotted names; return the rest."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.detach().clone().contiguous()  # the format knows no shared memory
+        return {"tensor": True}
+    if isinstance(value, dict):
+        return {key: _take_tensors(part, f"{name}.{key}" if name else key, tensors) for key, part in value.items()}
+    return value
+
+
+def _give_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Undo `_take_tensors`."""
+    if value == {"tensor": True}:
+        return tensors[name]
+    if isinstance(value, dict):
+        return {key: _give_tensors(part, f"{name}.{key}" if name else key, tensors) for key, part in value.items()}
+    return value
 
 
 def _upgrade(content: dict[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
-"""Atomic file replacement: write beside the target, then rename."""
+"""Atomic replacement of files and folders: write beside the target, then rename."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -31,6 +32,62 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
     if sync and os.name == "posix":
         with contextlib.suppress(OSError):  # some network file systems cannot sync a folder; the file is safe by now
             _sync(path.parent)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which takes its place if the block ends well.
+
+    An error or a full disk leaves the old folder as it was. A kill in the instant between two renames leaves it as
+    `.NAME.old`, from which the next call restores it.
+
+    Args:
+        names: what a folder of this kind holds. One with anything else in it is not replaced, nor is a file.
+
+    Raises:
+        ValueError: for such a folder or file.
+    """
+    path = Path(path).resolve()
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.is_dir() and not path.exists():
+        os.replace(old, path)
+    _check_replaceable(path, names)
+    for left_over in (temporary, old):
+        if left_over.exists():
+            shutil.rmtree(left_over)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if path.is_dir():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            if old.is_dir():
+                os.replace(old, path)
+            raise
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_replaceable(path: Path, names: Collection[str]) -> None:
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; name a folder")
+    for content in sorted(path.iterdir()) if path.is_dir() else ():
+        if content.name not in names:
+            raise ValueError(f"{path} holds {content.name}, which would be lost; name another folder, or a new one")
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Name `path` in the OSError of a block that replaces it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"could not write {path} ({error.strerror or error}); what stood there before is untouched"
+                      ) from error
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,73 @@
+"""The figures of an evaluate.py report as Markdown, for the card of an exported model.
+
+    path = find_report(Path("checkpoints/mine/final_model.pt"))
+    text = report_markdown(path, Path("checkpoints/mine/final_model.pt"))
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from evaluation.meanings import table_rows
+from utils.errors import UserError, first_line, printable
+
+DEFAULT_FOLDER = Path("outputs/evaluation")  # where evaluate.py writes
+
+
+def find_report(checkpoint: Path) -> Path | None:
+    """Return the report.json of a checkpoint: in its folder, in evaluation/ there, or where evaluate.py writes."""
+    for path in (checkpoint.parent / "report.json", checkpoint.parent / "evaluation/report.json",
+                 DEFAULT_FOLDER / "report.json"):
+        try:
+            if path.is_file() and _run_of(_read(path), checkpoint, same_folder=path.parent != DEFAULT_FOLDER):
+                return path
+        except UserError:
+            continue  # another program's report.json
+    return None
+
+
+def report_markdown(path: Path, checkpoint: Path) -> str:
+    """Return summary, table and verdict of one checkpoint.
+
+    Raises:
+        UserError: if there is no report at `path`, or none of this checkpoint.
+    """
+    report = _read(path)
+    run = _run_of(report, checkpoint, same_folder=True)
+    if run is None:
+        raise UserError(f"{path} has no figures of a checkpoint named {checkpoint.name}; `python evaluate.py "
+                        f"--checkpoint {checkpoint}` measures it")
+    try:
+        heading, *rows = table_rows(run["figures"])
+        lines = [_row(heading), _row(["---"] * len(heading)), *map(_row, rows)]
+        sentences = [f"- {printable(line)}" for line in [*run["verdict"], *run.get("notes", ())]]
+        return "\n".join([printable(report["summary"]), "", *lines, "", *sentences])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a report of this version of evaluate.py ({first_line(error)}); run it "
+                        f"again") from error
+
+
+def _row(cells: list[str] | tuple[str, ...]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read the report {path} ({first_line(error)}); name the report.json of an evaluate.py "
+                        f"run") from error
+    if not isinstance(report, dict) or not isinstance(report.get("runs"), list):
+        raise UserError(f"{path} is no report of evaluate.py; name the report.json of one")
+    return report
+
+
+def _run_of(report: dict[str, Any], checkpoint: Path, same_folder: bool) -> dict[str, Any] | None:
+    """Return the figures of a checkpoint in a report; of its name alone if the report lies beside it."""
+    for run in report["runs"]:
+        name = Path(str(run.get("name"))) if isinstance(run, dict) else Path()
+        if name.resolve() == checkpoint.resolve() or same_folder and name.name == checkpoint.name:
+            return run
+    return None

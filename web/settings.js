@@ -1,0 +1,120 @@
+// What a visitor can choose, its limits, and its place in a link.
+
+import { MAX_SEED } from "./random.js";
+import { DEFAULT_SAMPLER, SAMPLERS } from "./sampler.js";
+
+export const MODES = ["noise", "drawing", "morph"]; // what the creatures come from
+
+// Name in the settings -> name in the link, limits, and the words for a sentence.
+const NUMBERS = {
+  seed: { key: "seed", min: 0, max: MAX_SEED, unit: 1, words: "seed" },
+  to: { key: "to", min: 0, max: MAX_SEED, unit: 1, words: "second seed" },
+  count: { key: "n", min: 1, max: 16, unit: 1, words: "number of creatures" },
+  frames: { key: "frames", min: 2, max: 16, unit: 1, words: "number of pictures" },
+  guidance: { key: "guidance", min: 1, max: 10, unit: 0.1, words: "guidance" },
+  steps: { key: "steps", min: 1, max: 100, unit: 1, words: "number of steps" },
+  strength: { key: "strength", min: 0.05, max: 1, unit: 0.01, words: "strength" },
+};
+
+/** Return {min, max, unit} of a number, for this model. */
+export function limits(name, model) {
+  const { min, max, unit } = NUMBERS[name];
+  return { min, max: name === "steps" ? Math.min(max, model.timesteps) : max, unit };
+}
+
+/** Return the model's sampler, or the default where this page does not have it. */
+export function samplerOf(model) {
+  const asked = model.sampler?.name;
+  return Object.hasOwn(SAMPLERS, asked ?? "") ? asked : DEFAULT_SAMPLER;
+}
+
+/** Return the settings of a first visit. */
+export function defaults(model) {
+  const sampler = samplerOf(model);
+  const steps = sampler === model.sampler?.name ? model.sampler.steps : SAMPLERS[sampler].steps;
+  const guidance = canGuide(model) ? model.guidance : 1;
+  return { mode: "noise", types: [], seed: 0, to: 1, count: 4, frames: 8, guidance: fit("guidance", guidance, model),
+           steps: fit("steps", steps, model), strength: 0.6, drawing: "" };
+}
+
+/** Return whether guidance can strengthen the types of this model. */
+export const canGuide = (model) => model.types.length > 0 && model.supports_guidance !== false && model.guidance > 1;
+
+/** Return the nearest value that is allowed, or null for what is no number. */
+export function fit(name, value, model) {
+  const number = typeof value === "string" && value.trim() === "" ? NaN : Number(value);
+  if (Number.isNaN(number)) return null;
+  const { min, max, unit } = limits(name, model);
+  const inside = Math.min(max, Math.max(min, number));
+  return unit === 1 ? Math.round(inside) : Number(inside.toFixed(2));
+}
+
+/** Return the part of a link after "#": all that makes these creatures. */
+export function toHash(settings, model) {
+  const link = new URLSearchParams();
+  const numbers = settings.mode === "morph" ? ["seed", "to", "frames", "steps"] : ["seed", "count", "steps"];
+  if (settings.mode !== "noise") link.set("mode", settings.mode);
+  if (settings.types.length) link.set("types", settings.types.join(" "));
+  if (settings.types.length && canGuide(model)) numbers.push("guidance");
+  if (settings.mode === "drawing") numbers.push("strength");
+  for (const name of numbers) link.set(NUMBERS[name].key, String(settings[name]));
+  if (settings.mode === "drawing") link.set("drawing", settings.drawing);
+  link.set("model", fingerprint(model));
+  return link.toString();
+}
+
+/**
+ * Return {settings, notes} of the part of a link after "#". What is missing takes its default; what cannot be is
+ * replaced by what can, and `notes` says so, a sentence each.
+ */
+export function fromHash(hash, model) {
+  const link = new URLSearchParams(hash.replace(/^#/, ""));
+  const settings = defaults(model);
+  const notes = [];
+
+  for (const [name, { key, words }] of Object.entries(NUMBERS)) {
+    if (!link.has(key)) continue;
+    const text = link.get(key);
+    const value = fit(name, text, model);
+    if (value === null) {
+      notes.push(`The link’s ${words}, “${shorten(text)}”, is no number; here it is ${settings[name]}.`);
+      continue;
+    }
+    const { min, max } = limits(name, model);
+    if (Number(text) < min || Number(text) > max) {
+      notes.push(`The link’s ${words}, ${shorten(text)}, is not between ${min} and ${max}; here it is ${value}.`);
+    }
+    settings[name] = value;
+  }
+
+  const types = [...new Set((link.get("types") ?? "").split(/[\s,+]+/).filter(Boolean))];
+  const known = types.filter((name) => model.types.includes(name));
+  const unknown = types.filter((name) => !model.types.includes(name));
+  if (unknown.length) {
+    notes.push(`The link asks for ${shorten(list(unknown))}, which this model does not know; it is left out.`);
+  }
+  settings.types = known.slice(0, model.max_types);
+  if (known.length > model.max_types) {
+    notes.push(`The link asks for ${known.length} types; here they are ${list(settings.types)}, the first `
+               + `${model.max_types}.`);
+  }
+
+  const mode = link.get("mode") ?? "noise";
+  if (MODES.includes(mode)) settings.mode = mode;
+  else notes.push(`The link’s way to draw, “${shorten(mode)}”, is unknown; the creatures come from noise.`);
+  if (settings.mode === "drawing") settings.drawing = link.get("drawing") ?? "";
+  if (link.has("model") && link.get("model") !== fingerprint(model)) {
+    notes.push("The link was made with another model; its creatures looked different there.");
+  }
+  return { settings, notes };
+}
+
+/** Return a short text that differs between models. */
+export const fingerprint = (model) => String(model.sha256?.["model.onnx"] ?? model.name).slice(0, 8);
+
+/** Join words: "fire", "fire and flying", "fire, ice and flying". */
+export function list(words) {
+  return words.length < 2 ? words.join("") : `${words.slice(0, -1).join(", ")} and ${words.at(-1)}`;
+}
+
+const shorten = (text) => (text.length > 40 ? `${text.slice(0, 40)}…` : text);
