@@ -288,3 +288,18 @@ def test_links_that_name_a_section_by_its_number_lead_there(page):
         number = re.search(r"\d+", text)
         if number and ("DIFFUSION_THEORY.md#" in target or (page == THEORY and target.startswith("#"))):
             assert target.partition("#")[2].startswith(f"{number[0]}-"), f"[{text}]({target})"
+
+
+def test_every_reference_is_cited_and_every_citation_is_listed():
+    """By the surname of the first author and the year."""
+    text, references = prose(THEORY).split("\n## 16. ")
+    listed = set()
+    for item in references.split("\n- ")[1:]:
+        authors, title_and_rest = item.split(". *", 1)
+        year = re.search(r"\b(?:19|20)\d\d\b", title_and_rest.split("*", 1)[1])[0]
+        listed.add((authors.split(", ")[0].split()[-1], year))
+    text = re.sub(r"\s+", " ", text)
+    cited = set(re.findall(r"\b([A-Z][\w-]+)(?: \(\w+\))?(?: et al\.| and [A-Z]\w+|, [A-Z]\w+ and [A-Z]\w+)? "
+                           r"\(?((?:19|20)\d\d)\b", text))
+    assert len(listed) > 30 and listed <= cited, listed - cited
+    assert {(name, year) for name, year in cited if not name.isupper()} <= listed, cited - listed
