@@ -44,7 +44,7 @@ def anchors(page: Path) -> set[str]:
 # punctuation is eaten, `_` and `*` may become emphasis, `<` HTML, `|` the end of a table's cell. The form $`...`$ and
 # blocks of ```math are literal. A dollar sign opens or closes a formula only beside a space or certain punctuation.
 
-FORMULA = re.compile(r"\$`(?P<literal>[^`\n]*)`\$|(?P<code>``[^\n]*?``|`[^`\n]*`)|\$(?P<plain>[^$\n]*)\$")
+FORMULA = re.compile(r"\$`(?P<literal>[^`$\n]*)`\$|(?P<code>``[^\n]*?``|`[^`\n]*`)|\$(?P<plain>[^$\n]*)\$")
 EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3})(?=[^\s*])(.+?)(?<=[^\s*])\1(?![\w*])", re.DOTALL)
 BEFORE, AFTER = " \t\n", " \t\n.,:;?!)"
 PLACEHOLDER = "\ue000"
@@ -112,7 +112,7 @@ def _problems_of_plain(latex: str) -> list[str]:
         problems.append("a backslash before punctuation")
     if re.search(r"(?<![^\W_])_", latex):  # left-flanking, or an opener by the punctuation before it
         problems.append("an underscore after punctuation")
-    if re.search(r"[*<&~@]|\]\(|!\[|\[\^|:\w+:|#\d", latex):
+    if re.search(r"[*<&~@`]|\]\(|!\[|\[\^|:\w+:|#\d|://|www\.", latex):
         problems.append("a character that Markdown reads")
     return problems
 
