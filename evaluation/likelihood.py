@@ -4,8 +4,8 @@
     print(bound.mean, bound.stderr)                                         # bits per dimension
 
 Fewer bits mean that the model assigns the image a higher probability. The bound is that of Ho et al. (2020, eq. 5),
-L_T + L_{T-1} + ... + L_1 + L_0, derived in section 5 of DIFFUSION_THEORY.md, divided by the 3 S S values of an image
-(as in Nichol & Dhariwal 2021). Choices made here:
+L_T + L_{T-1} + ... + L_1 + L_0 (DIFFUSION_THEORY.md, "Why it is maximum likelihood"), divided by the 3 S S values of an
+image (as in Nichol & Dhariwal 2021). Choices made here:
 
 - The variances of the learned steps are beta, one of the two fixed choices of Ho et al. (section 3.2). Both give a
   bound, so the lower one is the better one, and beta was lower wherever it was tried: 4.28 bits against 4.72 for a
@@ -205,7 +205,7 @@ def _prior_term(scheduler: NoiseScheduler, x_0: torch.Tensor) -> torch.Tensor:
 
 
 def _coefficients(scheduler: NoiseScheduler, variance: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Return the coefficients of the terms, by (11) and (12) of DIFFUSION_THEORY.md.
+    """Return the coefficients of the terms, by (28) and (30) of DIFFUSION_THEORY.md.
 
     Returns:
         constant, weight: float64 [T], entry 0 unused. The term of t is, in nats, constant[t] for each value of an

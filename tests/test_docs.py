@@ -4,41 +4,20 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections import Counter
 from pathlib import Path
 
 import pytest
+from pages import FENCE, LINK, PAGES, anchors, prose
 from PIL import Image
 from scripts import ROOT
 
 from tools.write_help import COMMANDS, FOLDER, help_text
 
-PAGES = [*(ROOT / name for name in ("README.md", "DIFFUSION_THEORY.md", "data/README.md")),
-         *sorted((ROOT / "docs").glob("*.md"))]
 LARGEST_IMAGE = 500_000  # bytes
-FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-LINK = re.compile(r"\]\(([^()\s]+)\)")
 # Beginnings of a command line that runs something of this repository; the command itself is what follows.
 RUNNERS = re.compile(r"(?:^|(?<=[\s`&$(]))(?:\.venv/bin/)?(?:python3?|torchrun)\s+(.*)")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-
-
-def prose(page: Path) -> str:
-    """The text of a page without its blocks of code."""
-    return FENCE.sub("", page.read_text(encoding="utf-8"))
-
-
-def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives to the headings of a page."""
-    found: Counter[str] = Counter()
-    slugs = set()
-    for heading in re.findall(r"^#{1,6} +(.+?) *#*$", prose(page), re.MULTILINE):
-        text = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading)
-        slug = re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-")
-        slugs.add(f"{slug}-{found[slug]}" if found[slug] else slug)
-        found[slug] += 1
-    return slugs
 
 
 def command_lines(page: Path) -> list[list[str]]:
@@ -103,17 +82,6 @@ def test_the_files_that_a_page_names_exist(page):
     rooms = "docs|tests|tools|training|models|evaluation|utils|critters"
     for name in re.findall(rf"`((?:{rooms})/(?:\w+/)*)`", prose(page)):
         assert (ROOT / name).is_dir(), f"{page.name} names {name}"
-
-
-def test_the_theory_names_functions_that_exist():
-    """The table of section 15: each function is defined in the file, or one of the files, beside it."""
-    table = prose(ROOT / "DIFFUSION_THEORY.md").split("## 15.")[1].split("## 16.")[0]
-    rows = [row.split("|")[3:5] for row in table.splitlines() if re.match(r"\| *[(|$]", row)]
-    assert len(rows) > 30
-    for functions, files in rows:
-        source = "".join((ROOT / name).read_text() for name in re.findall(r"`([\w/]+\.py)`", files))
-        for name in re.findall(r"`\.?(?:\w+\.)?(\w+)`", functions):
-            assert re.search(rf"\b{name}\b", source), f"no {name} in {files}"
 
 
 def test_the_readme_is_short():

@@ -86,7 +86,7 @@ def test_each_variance_is_exact_where_theory_says_so(steps, schedule, zero_termi
 
 @pytest.mark.parametrize("t, s", [(1, 0), (500, 499), (999, 979), (700, 100)])
 def test_the_true_variance_of_a_step_lies_between_the_two(t, s):
-    """q(x_s | x_t) of Gaussian data, from its covariances; STD < 1. This is (21) of DIFFUSION_THEORY.md."""
+    """q(x_s | x_t) of Gaussian data, from its covariances; STD < 1. This is (20) of DIFFUSION_THEORY.md."""
     scheduler, x = NoiseScheduler(), start(1)
     abar_t, abar_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
     var_t, var_s = (abar * STD**2 + 1 - abar for abar in (abar_t, abar_s))

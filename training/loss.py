@@ -124,9 +124,9 @@ class AutoencoderLoss:
         """Return the loss for images uint8 [B, 3, S, S]; labels are not used.
 
         The reconstruction error is the mean absolute error of the colours plus that of the differences between
-        neighbours, which are large at edges and zero within an area of one colour (measured in DIFFUSION_THEORY.md,
-        section 14). The KL divergence is that of the posterior from a standard normal distribution, per latent value
-        (Kingma & Welling 2014, appendix B).
+        neighbours, which are large at edges and zero within an area of one colour (DIFFUSION_THEORY.md, "The first
+        term, and why edges are in it"). The KL divergence is that of the posterior from a standard normal distribution,
+        per latent value (Kingma & Welling 2014, appendix B).
         """
         x, _ = augment(images, mode=self.augment, augment_rand=augment_rand)
         with autocast(x.device, self.precision):
