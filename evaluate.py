@@ -7,7 +7,7 @@
 
 Prints a table and writes report.json and report.html, which explains every figure, to outputs/evaluation/. Samples are
 compared with the data that the checkpoint was trained on, and with the images that were held out of the training
-(`train.py --holdout 0.1`). Only --fid needs a trained network. See docs/evaluation.md.
+(`train.py --holdout 0.1`). Only --features efficientnet and --fid need a trained network. See docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from evaluation.data import (
     read_info,
 )
 from evaluation.distances import import_torch_fidelity
+from evaluation.efficientnet import EfficientNetFeatures
 from evaluation.measure import Measurement, draw_samples, measure_bits, measure_samples
 from evaluation.report import table, write_report
 from models.pipeline import Pipeline, newest_checkpoint
@@ -60,6 +61,9 @@ class Settings:
                               "than the data")
     num_likelihood: int = setting(200, "training images, and unseen images, whose bits are estimated; 0: none", least=0)
     likelihood_steps: int = setting(16, "timesteps visited for each of them", least=1)
+    features: str | None = setting(None, "also KID, precision, recall, density and coverage in the features of this "
+                                   "outside network; needs the packages of requirements-evaluate.txt",
+                                   ("efficientnet",), kind=str)
     fid: bool = setting(False, "also FID and KID; needs torch-fidelity")
     seed: int = seed_setting("sample i is drawn from seed + i")
     batch_size: int = setting(64, "images at a time", least=1)
@@ -88,6 +92,7 @@ def main() -> None:
         # Fail before minutes of work.
         if settings.fid:
             import_torch_fidelity()
+        outside = EfficientNetFeatures(device) if settings.features else None
         infos = find_checkpoints(settings)
         if settings.guidance != 1 and not settings.samples:
             check_guidance(infos, settings.guidance)
@@ -99,7 +104,7 @@ def main() -> None:
         for info in infos or [None]:
             name = info.path if info else settings.samples
             print(f"{name}: {data.description}; on {describe_device(device)}, {settings.precision}")
-            measurements.append(evaluate(info, data, settings, device))
+            measurements.append(evaluate(info, data, settings, device, outside))
             print(table(measurements[-1]) + "\n")
             measurements.sort(key=lambda measurement: measurement.epoch)
             report = write_report(measurements, data, settings.output)  # each time, in case of a stop
@@ -139,8 +144,8 @@ def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData
     return load_data(source, infos[0].held_out, infos[0].class_names)
 
 
-def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settings, device: torch.device
-             ) -> Measurement:
+def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settings, device: torch.device,
+             outside: EfficientNetFeatures | None) -> Measurement:
     """Measure one checkpoint, or the samples in a folder."""
     if info is None:
         measurement = Measurement(str(settings.samples))
@@ -158,7 +163,7 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
             measure_bits(measurement, pipeline, data, settings.num_likelihood, settings.likelihood_steps,
                          seed=settings.seed, batch_size=settings.batch_size)
     print(f"measuring {len(measurement.samples):,} samples")
-    measure_samples(measurement, data, fid=settings.fid, cuda=device.type == "cuda")
+    measure_samples(measurement, data, outside, fid=settings.fid, cuda=device.type == "cuda")
     return measurement
 
 

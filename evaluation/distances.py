@@ -1,7 +1,8 @@
-"""Distances between sets of images: neighbours in feature space, sliced Wasserstein distance of patches, FID and KID.
+"""Distances between sets of images: in a space of features, and of patches; FID.
 
     scores = compare(samples, images, space)           # uint8 [N, 3, S, S] each, and a FeatureSpace
     print(scores["recall"].value, scores["recall"].error)
+    scores = feature_scores(space(samples), space(images))    # KID and neighbours, in any other space
 
 The values depend on the number of images, and even two sets of real images do not reach the ideal values. The same
 measure between two sets of real images of that size is therefore the reference; `comparison_sets` draws both pairs.
@@ -59,6 +60,11 @@ def compare(samples: torch.Tensor, images: torch.Tensor, space: FeatureSpace, se
     return {**neighbour_scores(space(samples), space(images)), **sliced_wasserstein(samples, images, seed)}
 
 
+def feature_scores(samples: torch.Tensor, images: torch.Tensor) -> dict[str, Score]:
+    """Return KID, precision, recall, density and coverage of features [N, D] each, of the same number of images."""
+    return {**kernel_distance(samples, images), **neighbour_scores(samples, images)}
+
+
 def _check_shapes(samples: torch.Tensor, images: torch.Tensor) -> None:
     if samples.shape != images.shape:
         raise ValueError(f"the sets must have one shape, not {list(samples.shape)} and {list(images.shape)}")
@@ -113,6 +119,37 @@ def neighbour_scores(samples: torch.Tensor, images: torch.Tensor, k: int = NEIGH
         return torch.stack([precision, recall, density, coverage])
 
     return _with_jackknife(("precision", "recall", "density", "coverage"), scores, len(images))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# kernel distance of features
+
+
+def kernel_distance(samples: torch.Tensor, images: torch.Tensor) -> dict[str, Score]:
+    """Compute the kernel distance of features [N, D] each, "kid"; 0 is the best (Bińkowski et al. 2018, section 4).
+
+    It is the squared maximum mean discrepancy for the kernel (x . y / D + 1)^3, estimated without bias, whatever the
+    number of images. Between sets from one distribution it is 0 on average, so it can be below 0.
+    """
+    _check_shapes(samples, images)
+    x, y = samples.double(), images.double()
+
+    def kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    within_samples, within_images, across = kernel(x, x), kernel(y, y), kernel(x, y)
+
+    def scores(keep: torch.Tensor) -> torch.Tensor:
+        n = keep.sum()
+
+        def mean_of_pairs(products: torch.Tensor) -> torch.Tensor:
+            products = products[keep][:, keep]
+            return (products.sum() - products.trace()) / (n * (n - 1))  # without each image's product with itself
+
+        distance = mean_of_pairs(within_samples) + mean_of_pairs(within_images) - 2 * across[keep][:, keep].mean()
+        return distance[None]
+
+    return _with_jackknife(("kid",), scores, len(samples))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +240,7 @@ def _random_patches(images: torch.Tensor, level: int, num_levels: int, generator
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# distances in the features of a trained network
+# distances in the features of the Inception network
 
 
 def import_torch_fidelity():

@@ -71,6 +71,15 @@ def mean_figure(values: torch.Tensor) -> dict[str, float]:
     return score_figure(Score(values.mean().item(), standard_error(values)))
 
 
+def widened(figure: dict[str, float], total: int) -> dict[str, float]:
+    """Limit a fraction's interval to [0, 1], and make it at least as wide as the Wilson interval of `total` images.
+
+    Resampling gives no error at all for a fraction of exactly 0 or 1.
+    """
+    _, low, high = wilson_interval(round(figure["value"] * total), total)
+    return dict(value=figure["value"], low=max(0.0, min(low, figure["low"])), high=min(1.0, max(high, figure["high"])))
+
+
 def fraction_figure(mask: torch.Tensor) -> dict[str, float]:
     """Return the fraction of true elements of `mask`, bool [N], as a figure."""
     fraction, low, high = wilson_interval(mask.sum().item(), len(mask))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+SCALES = {"%": 100, "x1000": 1000}  # of the styles that print a multiple of the figure
+
 
 class Meaning(NamedTuple):
     """What a reader needs to know of a figure.
 
     heading: its name in tables and plots.
-    style: "%" for fractions that are printed as percentages, else the number of decimals.
+    style: "%" for fractions that are printed as percentages, "x1000" for numbers that are printed in thousandths, else
+        the number of decimals.
     better: "lower", "higher", "nearer to 0", or "as the data".
     text: what it means, in sentences.
     """
@@ -18,6 +21,11 @@ class Meaning(NamedTuple):
     style: str
     better: str
     text: str
+
+    @property
+    def scale(self) -> int:
+        """What the figure is multiplied by to be printed."""
+        return SCALES.get(self.style, 1)
 
     @property
     def direction(self) -> str:
@@ -67,6 +75,28 @@ MEANINGS: dict[str, Meaning] = {
     "wasserstein_coarse": Meaning(
         "patch distance, broad shapes", "3", "lower",
         "The patch distance of the coarsest scale alone. Wrong colours and shapes increase it.",
+    ),
+    "efficientnet_kid": Meaning(
+        "KID × 1000, EfficientNet", "x1000", "lower",
+        "Kernel distance of samples and real images in the features of an outside network that was trained on "
+        "photographs. 0 means equal distributions, on average over other samples; it sees grain, blur and misshapen "
+        "bodies that colours and edges miss.",
+    ),
+    "efficientnet_precision": Meaning(
+        "precision, EfficientNet", "%", "higher",
+        "As precision, in the features of the outside network.",
+    ),
+    "efficientnet_recall": Meaning(
+        "recall, EfficientNet", "%", "higher",
+        "As recall, in the features of the outside network.",
+    ),
+    "efficientnet_density": Meaning(
+        "density, EfficientNet", "2", "higher",
+        "As density, in the features of the outside network.",
+    ),
+    "efficientnet_coverage": Meaning(
+        "coverage, EfficientNet", "%", "higher",
+        "As coverage, in the features of the outside network.",
     ),
     "bits_train": Meaning(
         "bits, training images", "3", "lower",
@@ -133,7 +163,7 @@ MEANINGS: dict[str, Meaning] = {
 
 def format_number(x: float, style: str) -> str:
     """Format a number as the `style` of a Meaning says, without the per cent sign."""
-    return f"{100 * x:.1f}" if style == "%" else f"{x:.{style}f}"
+    return f"{SCALES[style] * x:.1f}" if style in SCALES else f"{x:.{style}f}"
 
 
 def format_figure(figure: dict | None, style: str) -> tuple[str, str]:

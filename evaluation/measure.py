@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from evaluation.artifacts import find_artifacts
 from evaluation.data import EvaluationData
-from evaluation.distances import compare, comparison_sets, inception_distances
-from evaluation.error_bars import Score, fraction_figure, mean_figure, score_figure, wilson_interval
+from evaluation.distances import compare, comparison_sets, feature_scores, inception_distances
+from evaluation.efficientnet import EfficientNetFeatures
+from evaluation.error_bars import Score, fraction_figure, mean_figure, score_figure, widened
 from evaluation.image_statistics import image_statistics
 from evaluation.likelihood import generalisation_gap, png_bits, variational_bound
 from evaluation.memorization import find_copies, warp_uint8
@@ -30,6 +31,11 @@ from utils.seeding import seed_from
 NUM_PAIRS = 24  # closest pairs that are shown
 OTHER_SAMPLER_STEPS = 50  # steps of a sampler other than that of the training's grids
 FRACTIONS = ("precision", "recall", "coverage")
+OUTSIDE = "efficientnet_"  # begins the names of figures in the features of the outside network
+OUTSIDE_NOTE = (
+    "The figures of EfficientNet are measured in the features of a network that others trained to classify photographs "
+    "(EfficientNet-Lite0, ImageNet); samples and real images are enlarged to its 224 x 224 pixels in the same way. "
+    "Nothing is trained with it. They are no FIDs, and cannot be put beside published ones.")
 
 
 @dataclass
@@ -153,15 +159,17 @@ def measure_bits(measurement: Measurement, pipeline: Pipeline, data: EvaluationD
 # the samples
 
 
-def measure_samples(measurement: Measurement, data: EvaluationData, fid: bool = False, cuda: bool = False) -> None:
+def measure_samples(measurement: Measurement, data: EvaluationData, outside: EfficientNetFeatures | None = None,
+                    fid: bool = False, cuda: bool = False) -> None:
     """Measure distances, copies, artifacts and image statistics of the samples; note what cannot be measured.
 
     Args:
+        outside: features of an outside network, to measure distances in as well.
         fid: also FID and KID, with torch-fidelity.
         cuda: compute those on the GPU.
     """
     try:
-        _measure_distances(measurement, data, fid, cuda)
+        _measure_distances(measurement, data, outside, fid, cuda)
     except ValueError as error:
         measurement.notes.append(f"Distances were not measured: {error}.")
     try:
@@ -175,36 +183,32 @@ def measure_samples(measurement: Measurement, data: EvaluationData, fid: bool = 
         figures[name] = {**mean_figure(values), "real": mean_figure(data.real_statistics[name])}
 
 
-def _measure_distances(measurement: Measurement, data: EvaluationData, fid: bool, cuda: bool) -> None:
+def _measure_distances(measurement: Measurement, data: EvaluationData, outside: EfficientNetFeatures | None,
+                       fid: bool, cuda: bool) -> None:
     samples, real, other_real = comparison_sets(measurement.samples, data.train, data.unseen)
-    scores = _scores(samples, real, data, fid, cuda)
-    real_scores = _scores(other_real, real, data, fid, cuda)
+    scores = _scores(samples, real, data, outside, fid, cuda)
+    real_scores = _scores(other_real, real, data, outside, fid, cuda)
     for name, score in scores.items():
         figure, real_figure = score_figure(score), score_figure(real_scores[name])
-        if name in FRACTIONS:
-            figure, real_figure = _fraction_interval(figure, len(samples)), _fraction_interval(real_figure, len(real))
+        if name.removeprefix(OUTSIDE) in FRACTIONS:
+            figure, real_figure = widened(figure, len(samples)), widened(real_figure, len(real))
         measurement.figures[name] = {**figure, "real": real_figure}
     measurement.compared = len(samples)
+    if outside is not None:
+        measurement.notes.append(OUTSIDE_NOTE)
 
 
-def _scores(samples: torch.Tensor, real: torch.Tensor, data: EvaluationData, fid: bool, cuda: bool
-            ) -> dict[str, Score]:
+def _scores(samples: torch.Tensor, real: torch.Tensor, data: EvaluationData, outside: EfficientNetFeatures | None,
+            fid: bool, cuda: bool) -> dict[str, Score]:
     """Compare two sets of images; the finest and the coarsest scale of the patch distance get names of their own."""
     scores = compare(samples, real, data.feature_space)
+    if outside is not None:
+        scores |= {OUTSIDE + name: score for name, score in feature_scores(outside(samples), outside(real)).items()}
     if fid:
         scores |= inception_distances(samples, real, cuda)
     scales = [name for name in scores if name.startswith("wasserstein_")]  # from the finest
     scores["wasserstein_fine"], scores["wasserstein_coarse"] = scores[scales[0]], scores[scales[-1]]
     return scores
-
-
-def _fraction_interval(figure: dict, total: int) -> dict:
-    """Limit a fraction's interval to [0, 1], and make it at least as wide as the Wilson interval.
-
-    The jackknife gives no error at all for a fraction of exactly 0 or 1.
-    """
-    _, low, high = wilson_interval(round(figure["value"] * total), total)
-    return dict(value=figure["value"], low=max(0.0, min(low, figure["low"])), high=min(1.0, max(high, figure["high"])))
 
 
 def _measure_copies(measurement: Measurement, data: EvaluationData) -> None:

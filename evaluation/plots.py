@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OVER_TIME = ("bits_train", "bits_held_out", "copies", "precision", "recall", "coverage", "wasserstein",
-             "wasserstein_fine", "saturation")
+             "wasserstein_fine", "efficientnet_kid", "saturation")
 COLUMNS = 3
 
 
@@ -34,10 +34,9 @@ def plot_over_time(measurements: Sequence[Measurement], path: Path) -> None:
 def _plot_figure(measurements: Sequence[Measurement], name: str, axis: Axes) -> None:
     """Plot one figure against the epoch."""
     meaning, epochs, figures = MEANINGS[name], [m.epoch for m in measurements], [m.figures[name] for m in measurements]
-    factor = 100 if meaning.style == "%" else 1
 
     def scaled(values: Sequence[dict], key: str) -> list[float]:
-        return [factor * value[key] for value in values]
+        return [meaning.scale * value[key] for value in values]
 
     axis.plot(epochs, scaled(figures, "value"), marker="o", color="C0")
     if all("low" in figure for figure in figures):

@@ -32,6 +32,8 @@ COMPARED = {
     "coverage": ("Some kinds of real image have no sample close to them", ""),
     "wasserstein_fine": ("The finest details of samples are softer or grainier than those of real images",
                          "The finest details of samples match those of real images"),
+    "efficientnet_kid": ("The outside network tells samples from real images",
+                         "The outside network cannot tell samples from real images"),
 }
 BITS_PLOT = (
     "Bits by timestep",

@@ -5,7 +5,7 @@ import torch
 from torchvision.transforms.functional import gaussian_blur
 
 from critters import TYPES, draw_critter
-from evaluation.distances import compare, comparison_sets, neighbour_scores, sliced_wasserstein
+from evaluation.distances import compare, comparison_sets, kernel_distance, neighbour_scores, sliced_wasserstein
 from evaluation.features import FeatureSpace
 
 
@@ -100,6 +100,31 @@ def test_neighbour_scores_of_two_clusters():
     assert scores["density"].value == pytest.approx(1, abs=0.3)
     far = neighbour_scores(samples + 500, torch.cat([a, b]))
     assert all(far[name].value == 0 for name in ("precision", "recall", "density", "coverage"))
+
+
+def test_a_known_kernel_distance():
+    """In one dimension, between two normal distributions: E (x y + 1)^3 from the moments of each."""
+    generator = torch.Generator().manual_seed(0)
+    shift = 0.5
+    # Moments 1 ... 3 of N(0, 1) and N(shift, 1); (x y + 1)^3 = sum of binomial(3, k) x^k y^k.
+    plain, shifted = (0, 1, 0), (shift, 1 + shift**2, shift**3 + 3 * shift)
+    known = sum(binomial * (b - a) ** 2 for binomial, a, b in zip((3, 3, 1), plain, shifted))
+    drawn = [kernel_distance(torch.randn(60, 1, generator=generator) + shift, torch.randn(60, 1, generator=generator))
+             for _ in range(60)]
+    values = torch.tensor([score["kid"].value for score in drawn])
+    assert (values.mean() - known).abs() < 3 * values.std() / 60**0.5
+    errors = torch.tensor([score["kid"].error for score in drawn])
+    assert 0.6 * values.std() < errors.mean() < 1.7 * values.std()
+
+
+def test_the_kernel_distance_has_no_bias_in_small_sets():
+    generator = torch.Generator().manual_seed(0)
+    drawn = [kernel_distance(torch.randn(20, 30, generator=generator), torch.randn(20, 30, generator=generator))["kid"]
+             for _ in range(100)]
+    values = torch.tensor([score.value for score in drawn])
+    assert values.mean().abs() < 3 * values.std() / 10 and (values < 0).sum() > 30
+    covered = sum(abs(score.value) < 1.96 * score.error for score in drawn)
+    assert covered >= 88
 
 
 def test_errors_agree_with_the_spread_of_other_draws():
