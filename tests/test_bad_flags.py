@@ -206,6 +206,7 @@ def test_the_trap_works_where_nothing_prevents_it():
     (["--timesteps", "1000000000000"], ["timesteps"]),
     (["--keep", "-1"], ["--keep"]),
     (["--zero_terminal_snr"], ["--prediction v"]),
+    (["--fixed_augmentations", "8"], ["--fixed_augmentations", "latents"]),
     (["--workers", "-2"], ["--workers"]),
     (["--save_every", "nan"], ["--save_every"]),
     (["--width", "30"], ["30"]),

@@ -13,7 +13,7 @@ from PIL import Image
 
 from critters import TYPES, draw_critters, write_critters
 from models.space import LatentSpace, PixelSpace
-from training.augment import AUGMENT_MODES, augment
+from training.augment import AUGMENT_MODES, augment, fixed_augmentations
 from training.batches import make_loader
 from training.dataset import (
     DataError,
@@ -323,6 +323,40 @@ def test_latents_encoded_in_advance_are_those_of_the_augmented_images(dataset, m
     assert torch.allclose(x_0, space.convolve(x), atol=1e-5)
     if mode == "flip":
         assert not x_0[1].equal(x_0[2])
+
+
+def test_fixed_augmentations_are_encoded_once_each_and_told(dataset):
+    space, augment_rand = Latents(), draw_augmentation(400)
+    encoded = encode_dataset(dataset, space, "full", "fp32", num_augmentations=6)
+    assert encoded.images.shape == (40, 8, 4, 4, 4) and encoded.images.dtype == torch.float16
+    chosen = [7] * 400
+    x_0, labels = to_x_0(encoded.__getitems__(chosen)[0], augment_rand, "full", space, "fp32")
+    assert x_0.dtype == torch.float32 and x_0.unique(dim=0).shape[0] == 8  # each of them is drawn
+
+    # What is told of a version is what was done to it; its kinds come as often as those that are drawn anew.
+    table = fixed_augmentations("full", 6)
+    x, expected = augment(dataset.images[7:8].expand(8, -1, -1, -1), mode="full", augment_rand=table)
+    latents = space.convolve(x)
+    version = (x_0[:, None] - latents).flatten(2).abs().amax(-1).argmin(1)
+    assert torch.allclose(x_0, latents[version], atol=0.02) and labels.equal(expected[version])
+    anew = augment(dataset.images[chosen], mode="full", augment_rand=augment_rand)[1]
+    assert (labels.any(1) == anew.any(1)).all()
+    assert 0.4 < (labels[:, 0] != 0).float().mean() < 0.6 and 0.4 < (labels[:, 1] != 0).float().mean() < 0.6
+    assert 0.4 < (version[version < 2] == 1).float().mean() < 0.6
+
+
+def test_blank_latents_have_the_shape_of_encoded_ones_and_take_no_memory(dataset):
+    blank, encoded = (encode_dataset(dataset, Latents(), "full", "fp32", 6, blank=blank).images
+                      for blank in (True, False))
+    assert blank.shape == encoded.shape and blank.dtype == encoded.dtype and not blank.any()
+    assert blank.untyped_storage().nbytes() * 40 == encoded.untyped_storage().nbytes()
+
+
+def test_more_fixed_augmentations_than_fit_are_refused(dataset, monkeypatch):
+    monkeypatch.setattr("training.dataset._default_memory_limit", lambda: 40 * 64 * 2 * 5)
+    with pytest.raises(DataError, match="give --fixed_augmentations 3 or fewer"):
+        encode_dataset(dataset, Latents(), "full", "fp32", num_augmentations=4)
+    assert encode_dataset(dataset, Latents(), "full", "fp32", num_augmentations=3).images.shape[1] == 5
 
 
 def test_the_encoder_runs_in_the_given_precision(dataset):

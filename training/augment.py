@@ -54,7 +54,6 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
         augment_rand = torch.rand(len(images), AUGMENT_RAND_DIM, generator=generator, device=device)
     augment_rand = augment_rand.to(images.device, non_blocking=images.is_cuda)
     rotated, jittered = augment_rand[:, ROTATE] < 0.5, augment_rand[:, JITTER] < 0.5
-    amounts = 2 * augment_rand[:, AMOUNTS] - 1
 
     # Mirror.
     if mode != "none":
@@ -62,17 +61,60 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
     x = images.float() / 255
 
     # Rotate, change colours.
-    augment_labels = torch.zeros_like(amounts)
+    augment_labels = describe(augment_rand, mode)
     if mode == "full":
-        augment_labels = amounts * torch.stack([rotated, jittered, jittered, jittered, jittered], dim=1)
-        x = torch.where(_per_image(rotated), _rotate(x, amounts[:, 0] * MAX_ANGLE), x)
-        x = torch.where(_per_image(jittered), _jitter(x, amounts[:, 1:]), x)
+        x = torch.where(_per_image(rotated), _rotate(x, augment_labels[:, 0] * MAX_ANGLE), x)
+        x = torch.where(_per_image(jittered), _jitter(x, augment_labels[:, 1:]), x)
     return 2 * x - 1, augment_labels
+
+
+def describe(augment_rand: torch.Tensor, mode: str = "full") -> torch.Tensor:
+    """Return the `augment_labels` of `augment`, float32 [B, AUGMENT_DIM]."""
+    amounts = 2 * augment_rand[:, AMOUNTS] - 1
+    if mode != "full":
+        return torch.zeros_like(amounts)
+    rotated, jittered = augment_rand[:, ROTATE] < 0.5, augment_rand[:, JITTER] < 0.5
+    return amounts * torch.stack([rotated, jittered, jittered, jittered, jittered], dim=1)
 
 
 def is_mirrored(augment_rand: torch.Tensor) -> torch.Tensor:
     """Return which images `augment` mirrors in the modes "flip" and "full", bool [B]."""
     return augment_rand[:, MIRROR] < 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# augmentations that are made once, where what follows them costs more than the memory for their results
+
+
+def fixed_augmentations(mode: str, count: int = 0) -> torch.Tensor:
+    """Return `augment_rand` [W, AUGMENT_RAND_DIM] of W augmentations for every image.
+
+    They are the image itself; in the modes "flip" and "full" its mirror image; and in the mode "full" `count` others,
+    of which each third is rotated, jittered, or both.
+    """
+    plain = torch.full((1, AUGMENT_RAND_DIM), 0.5)  # "no" to each decision
+    mirrored = plain.clone()
+    mirrored[:, MIRROR] = 0
+    others = torch.rand(count if mode == "full" else 0, AUGMENT_RAND_DIM, generator=torch.Generator().manual_seed(0))
+    third = torch.arange(len(others)) % 3
+    others[:, ROTATE] = torch.where(third == 1, 0.5, 0.0)
+    others[:, JITTER] = torch.where(third == 0, 0.5, 0.0)
+    return plain if mode == "none" else torch.cat([plain, mirrored, others])
+
+
+def choose_fixed(augment_rand: torch.Tensor, number: int) -> torch.Tensor:
+    """Choose for each image one of the W = `number` `fixed_augmentations`, as often as `augment` makes its kind.
+
+    Returns:
+        Their indices, int64 [B].
+    """
+    version = is_mirrored(augment_rand).long() if number > 1 else torch.zeros(len(augment_rand), dtype=torch.long)
+    version = version.to(augment_rand.device)
+    if number > 2:
+        changed = (augment_rand[:, [ROTATE, JITTER]] < 0.5).any(1)
+        other = 2 + (augment_rand[:, AMOUNTS.start] * (number - 2)).long().clamp(max=number - 3)
+        version = torch.where(changed, other, version)
+    return version
 
 
 def _per_image(values: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from critters import TYPES, draw_critters
-from training.augment import augment
+from training.augment import augment, fixed_augmentations
 from training.folder import DataError, DataFolder
 from training.labels import BEFORE_METADATA, LabelError, find_labels, multi_hot
 from training.splits import describe_splits, names_held_out
@@ -293,22 +294,40 @@ def _default_memory_limit() -> int:
 # latents that are encoded once
 
 
-def encode_dataset(dataset: ImageFolder, space: PixelSpace | LatentSpace, mode: str, precision: str) -> ImageFolder:
-    """Encode a data set once and for all, if the space is latent and each image comes as itself or its mirror image.
+def encode_dataset(dataset: ImageFolder, space: PixelSpace | LatentSpace, mode: str, precision: str,
+                   num_augmentations: int = 0, blank: bool = False) -> ImageFolder:
+    """Encode a data set once and for all, if the space is latent and the augmentations are few.
+
+    Args:
+        mode: one of AUGMENT_MODES.
+        precision: of the encoder's arithmetic.
+        num_augmentations: `count` of `fixed_augmentations`; 0: those of the mode "full" are not fixed.
+        blank: leave the latents zero, to time a training without encoding anything.
 
     Returns:
-        A copy of the data set whose `images` are float32 latents [N, W, C, h, w] on the CPU: the plain version and, in
-        the mode "flip", the mirrored one. The data set itself where nothing can be encoded in advance: in pixel space,
-        in the mode "full", and if the images do not fit in memory.
+        A copy of the data set whose `images` are latents [N, W, C, h, w] on the CPU, each image by each of the W
+        `fixed_augmentations`: float32, or float16 in the mode "full". The data set itself where nothing can be encoded
+        in advance: in pixel space, in the mode "full" without a number, and if the images do not fit in memory.
+
+    Raises:
+        DataError: if the latents do not fit in memory.
     """
-    if not space.is_latent or mode not in ("none", "flip") or dataset.images is None:
+    if not space.is_latent or (mode == "full" and not num_augmentations) or dataset.images is None:
         return dataset
-    versions = 2 if mode == "flip" else 1
+    versions, shape = fixed_augmentations(mode, num_augmentations), space.shape(dataset.image_size)
+    dtype = torch.float16 if mode == "full" else torch.float32
+    room = _default_memory_limit() // (len(dataset) * math.prod(shape) * dtype.itemsize)
+    if len(versions) > max(room, 2):
+        raise DataError(f"{len(versions)} augmentations of {len(dataset):,} images do not fit in a quarter of the "
+                        f"memory: give --fixed_augmentations {max(room - 2, 0)} or fewer")
     encoded = copy.copy(dataset)
-    encoded.images = torch.empty(len(dataset), versions, *space.shape(dataset.image_size))
+    if blank:
+        encoded.images = torch.zeros(1, len(versions), *shape, dtype=dtype).expand(len(dataset), -1, -1, -1, -1)
+        return encoded
+    encoded.images = torch.empty(len(dataset), len(versions), *shape, dtype=dtype)
     for indices in tqdm(torch.arange(len(dataset)).split(32), desc="encoding", unit="batch", delay=2, leave=False):
-        x, _ = augment(dataset.images[indices].to(space.device), mode="none")
-        encoded.images[indices, 0] = space.encode(x, precision).cpu()
-        if mode == "flip":
-            encoded.images[indices, 1] = space.encode(x.flip(-1), precision).cpu()
+        images = dataset.images[indices].to(space.device)
+        for i, version in enumerate(versions):
+            x, _ = augment(images, mode=mode, augment_rand=version.repeat(len(images), 1))
+            encoded.images[indices, i] = space.encode(x, precision).to("cpu", dtype)
     return encoded

@@ -17,7 +17,7 @@ from torch import nn
 
 from forward_diffusion import NoiseScheduler
 from models.space import LatentSpace, PixelSpace
-from training.augment import AUGMENT_DIM, AUGMENT_RAND_DIM, augment, is_mirrored
+from training.augment import AUGMENT_RAND_DIM, augment, choose_fixed, describe, fixed_augmentations
 from utils.device import autocast
 
 
@@ -68,8 +68,8 @@ def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: P
     """Turn a batch of the data set into what the network learns to denoise.
 
     Args:
-        images: uint8 [B, 3, S, S], which are augmented and encoded; or float [B, 1 or 2, C, h, w] of `encode_dataset`,
-            of which the plain or the mirrored version is chosen.
+        images: uint8 [B, 3, S, S], which are augmented and encoded; or float [B, W, C, h, w] of `encode_dataset`, of
+            which one of the `fixed_augmentations` is chosen.
         augment_rand: [B, AUGMENT_RAND_DIM], see `augment`.
         mode: one of AUGMENT_MODES.
         precision: of the encoder's arithmetic.
@@ -85,11 +85,10 @@ def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: P
         return space.encode(x, precision), augment_labels
 
     # Encoded before: choose a version of each.
-    version = torch.zeros(len(images), dtype=torch.long, device=images.device)
-    if mode != "none":
-        version = is_mirrored(augment_rand).long().to(images.device)
-    batch = torch.arange(len(images), device=images.device)
-    return images[batch, version], augment_rand.new_zeros(len(images), AUGMENT_DIM)
+    number = images.shape[1]
+    versions = fixed_augmentations(mode, number - 2).to(images.device)
+    version = choose_fixed(augment_rand, number).to(images.device)
+    return images[torch.arange(len(images), device=images.device), version].float(), describe(versions[version], mode)
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
