@@ -140,7 +140,8 @@ def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData
     if settings.data and settings.data != source.data:
         source = replace(source, data=settings.data, label_source="auto", label_columns=(), splits="auto")
     if settings.labels or settings.label_column:
-        source = replace(source, label_source=settings.labels or "auto", label_columns=settings.label_column)
+        source = replace(source, label_source=settings.labels or source.label_source,
+                         label_columns=settings.label_column)
     return load_data(source, infos[0].held_out, infos[0].class_names)
 
 

@@ -209,6 +209,13 @@ def test_a_full_disk_stops_no_training_and_leaves_no_gap(tensorboard, monkeypatc
                             12: "generated_epoch_0006.png"})
 
 
+def test_settings_that_are_not_text(tensorboard):
+    settings = dict(data="caf\udce9", multipliers=(1, 2), compile=False, milestones=())
+    row = dict(epoch=1, step=2, loss=float("nan"))
+    event_log.EventLog(Path(), settings, [row], list(row)).rewrite()
+    assert np.isnan(read_back(".").Scalars("loss")[0].value)
+
+
 def test_only_the_first_process_logs(tensorboard):
     run = RunDir(train.Config(log="tensorboard"), [], ["epoch", "step", "loss"], new=True, is_main=False)
     run.log(dict(epoch=1, step=2, loss=0.5))

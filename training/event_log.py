@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from utils.errors import printable
 from utils.files import replacing
 
 if TYPE_CHECKING:
@@ -117,7 +118,10 @@ def _head(settings: dict[str, Any], columns: Sequence[str]) -> Iterator[Event]:
     now = time.time()
     yield Event(wall_time=now, file_version="brain.Event:2")
     yield Event(wall_time=now, step=0, session_log=SessionLog(status=SessionLog.START))
-    plain = {name: " ".join(map(str, value)) if isinstance(value, tuple) else value for name, value in settings.items()}
+    plain = {}
+    for name, value in settings.items():
+        text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+        plain[name] = printable(text) if isinstance(text, str) else text  # the name of a folder need not be Unicode
     measured = {column: 0.0 for column in columns if column not in ("epoch", "step", "lr", "skipped")}
     for part in summary.hparams(plain, measured):
         yield Event(wall_time=now, summary=part)

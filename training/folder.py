@@ -84,6 +84,8 @@ def _walk(root: Path) -> dict[str, Path]:
             if not name.startswith("."):
                 path = Path(parent, name)
                 found[path.relative_to(root).as_posix()] = path
+    if (root / LABELS_CSV).is_dir():  # a mistake that must not go unnoticed
+        found[LABELS_CSV] = root / LABELS_CSV
     return found
 
 

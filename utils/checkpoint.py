@@ -139,7 +139,7 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
             settings.setdefault("data_seed", settings["seed"])  # critters were drawn from the training's own seed
         if settings.get("compile") == "auto":
             settings["compile"] = "off"
-        if "splits" not in settings:  # neither splits nor Hugging Face's metadata were read
+        if "data" in settings and "splits" not in settings:  # neither splits nor Hugging Face's metadata were read
             settings["splits"] = "none"
             if settings.get("labels") == "auto":
                 settings["labels"] = "csv_or_folders"  # training.labels.BEFORE_METADATA
