@@ -132,7 +132,7 @@ def test_the_images_are_small_and_used():
 def test_the_python_of_the_readme_runs(own_folder):
     Path("outputs").mkdir()
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
-    block = block.replace("checkpoints/", f"{(ROOT / 'checkpoints').as_posix()}/").replace("16", "2")
+    block = block.replace("16", "2").replace("checkpoints/", f"{(ROOT / 'checkpoints').as_posix()}/")
     exec(compile(block.replace("guidance=3.0", "guidance=3.0, steps=2"), "README.md", "exec"), {})
     darkest, brightest = Image.open("outputs/fire_flying.png").convert("L").getextrema()
     assert darkest < 128 < brightest
