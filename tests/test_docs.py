@@ -63,7 +63,7 @@ def test_links_and_anchors_resolve(page):
 def test_the_commands_exist_and_know_their_flags(page):
     for words in command_lines(page):
         script = script_of(words)
-        if script is None or script[0] in ("-m venv", "-m pytest"):
+        if script is None or script[0] in ("-m venv", "-m pytest", "-m http.server"):
             continue
         command, arguments = script
         file = ROOT / f"{command.removeprefix('-m ').removesuffix('.py').replace('.', '/')}.py"
@@ -100,7 +100,7 @@ def test_the_images_are_small_and_used():
 def test_the_python_of_the_readme_runs(own_folder):
     Path("outputs").mkdir()
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL | re.M)
-    block = block.replace("checkpoints/", f"{(ROOT / 'checkpoints').as_posix()}/").replace("16", "2")
+    block = block.replace("16", "2").replace("checkpoints/", f"{(ROOT / 'checkpoints').as_posix()}/")
     exec(compile(block.replace("guidance=3.0", "guidance=3.0, steps=2"), "README.md", "exec"), {})
     darkest, brightest = Image.open("outputs/fire_flying.png").convert("L").getextrema()
     assert darkest < 128 < brightest

@@ -28,7 +28,7 @@ TYPES = ("fire", "ice", "dark")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     save_tiny_model(folder / "typed.pt", TYPES)
-    save_tiny_model(folder / "latent.pt", TYPES, prediction="eps", schedule="linear", latent=True)
+    save_tiny_model(folder / "latent.pt", TYPES, prediction="eps", schedule="linear", latent=True, multipliers=(1,))
     return folder
 
 

@@ -170,7 +170,8 @@ function showSettings() {
   for (const button of $("types").children) {
     button.setAttribute("aria-pressed", String(types.includes(button.dataset.type)));
   }
-  $("types-hint").textContent = types.length ? list(types) : "none chosen: any";
+  const most = model.max_types < model.types.length ? `; at most ${model.max_types}` : "";
+  $("types-hint").textContent = types.length ? list(types) : `none chosen: any${most}`;
   $("guidance").disabled = types.length === 0;
   $("guidance-hint").textContent = types.length ? "how typical of its types" : "needs a type";
   preview();

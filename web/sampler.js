@@ -2,7 +2,7 @@
 //
 // A tensor is a Float32Array of one image, all channels after each other. `alphaBar` is the table of the model's noise
 // schedule, T numbers. A timestep t is an integer in 0 ... T-1, where 0 is the least noise and -1 is the clean image.
-// Nothing here knows of a browser, so that node can run it (tests/test_web_sampler.py).
+// Nothing here knows of a browser, so that node can run it (tests/test_web_modules.py).
 
 import { Noise, ln } from "./random.js";
 

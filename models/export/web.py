@@ -89,8 +89,8 @@ def _npm_pack(folder: Path) -> Path:
     if npm is None:
         raise UserError(f"the page's runtime comes from npm, which is not installed; {advice}")
     try:
-        done = subprocess.run([npm, "pack", "--silent", RUNTIME_PACKAGE], cwd=folder, capture_output=True, text=True,
-                              timeout=600)
+        done = subprocess.run([npm, "pack", "--loglevel=error", RUNTIME_PACKAGE], cwd=folder, capture_output=True,
+                              text=True, timeout=600)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"npm did not fetch the page's runtime within 10 minutes; {advice}") from error
     found = list(folder.glob("*.tgz"))

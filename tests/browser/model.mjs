@@ -1,4 +1,4 @@
-// Draws in node with an exported page's own model, runtime and sampler, from noise that test_web_page.py wrote.
+// Draws in node with an exported page's own model, runtime and sampler, from noise that Python wrote.
 // Arguments: the page's folder, a file of {x, noises, labels, guidance, steps}. Prints the final x_0 as JSON.
 
 import { readFileSync } from "node:fs";
