@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 def test_a_run_writes_grids_loss_curve_metrics_and_weights(trained, monkeypatch):
     monkeypatch.chdir(trained)
     grids = [f"generated_epoch_000{i}.png" for i in (1, 2, 3)]
-    assert sorted(os.listdir("outputs")) == ["cost.json", *grids, "loss.png", "metrics.csv"]
+    assert sorted(os.listdir("outputs")) == ["cost.json", *grids, "index.html", "loss.png", "metrics.csv"]
     assert sorted(os.listdir("checkpoints")) == [".lock", "epoch_0002.pt", "final_model.pt", "latest.pt"]
     assert Image.open("outputs/generated_epoch_0003.png").size == (2 * 16 + 3 * 2, 2 * 16 + 3 * 2)
     assert Image.open("outputs/loss.png").size[0] > 400

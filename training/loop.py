@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from training.batches import make_loader
 from training.config import TrainingConfig
 from training.run_dir import RunDir, run_folder
 from training.run_images import RunImages
+from training.run_page import RunPage
 from training.step import Stats, TrainingStep, learning_rate
 from training.timetable import Timetable
+from unet import count_parameters
 from utils.device import describe_device
 from utils.errors import printable
 
@@ -93,8 +96,8 @@ def training_loop(
         with progress.paused():
             # End of epoch: metrics and milestone.
             if timetable.ends_epoch(number):
-                run.log(metrics_row(config, stats, number, timetable)
-                        | (measure() if timetable.shows_progress(number) else {}))
+                writer.log(number, metrics_row(config, stats, number, timetable)
+                           | (measure() if timetable.shows_progress(number) else {}))
                 step.reset_counts()
                 progress.reported = 0
                 if timetable.is_milestone(number):
@@ -131,6 +134,17 @@ def start_or_resume(config: TrainingConfig, step: TrainingStep, timetable: Timet
         print(f"warning: --epochs {config.epochs} instead of {before['epochs']} stretches the cosine schedule, so the "
               f"learning rate jumps from {old:.2g} to {new:.2g}", file=sys.stderr)
     return number
+
+
+def about(config: TrainingConfig, run_images: RunImages, step: TrainingStep) -> dict[str, str]:
+    """Return what a run's page says of its images, its network and its device."""
+    dataset, held_out = run_images.dataset, len(run_images.held_out)
+    processes = f", {step.dist.world_size} processes" if step.dist.world_size > 1 else ""
+    return {"Images": f"{len(dataset):,} of {config.image_size} × {config.image_size} from {config.data}"
+                      + (f"; {held_out:,} held out" if held_out else ""),
+            "Types": ", ".join(dataset.class_names) or "none",
+            "Network": f"{count_parameters(step.raw_net):,} parameters",
+            "Device": f"{describe_device(step.device)}, {step.precision}{processes}"}
 
 
 def print_plan(config: TrainingConfig, run_images: RunImages, step: TrainingStep, timetable: Timetable,
@@ -240,7 +254,7 @@ def announce_duration(seconds: float, has_faster_way: bool) -> None:
 
 
 class Writer:
-    """What a run writes: checkpoints, sample grids, and the end."""
+    """What a run writes: checkpoints, sample grids, its page, and the end."""
 
     def __init__(self, config: TrainingConfig, run_images: RunImages, step: TrainingStep,
                  draw_grid: Callable[[Path], None], content: dict[str, Any], run: RunDir, timetable: Timetable,
@@ -251,10 +265,16 @@ class Writer:
         if stage:
             self.run_name = stage.run_name
             self.content = content | dict(next_config=stage.next_config)
+        name = f" --run_name {shlex.quote(self.run_name)}" if self.run_name else ""
+        self.resume = f"{command()} --resume{name}"
+        self.page = RunPage(config, run, timetable, about(config, run_images, step), self.resume,
+                            is_diffusion="network" in content, next_page="../index.html" if stage else "",
+                            next_seconds=stage.next_seconds if stage else 0.0)
 
     def catch_up(self, number: int) -> None:
         """Write what a kill between the save and the rest of its step has prevented."""
         run, timetable = self.run, self.timetable
+        self.page.update(number)
         if number > 0 and timetable.shows_progress(number) and not (run.outputs / timetable.grid_name(number)).exists():
             self.show_progress(number)
         if timetable.is_milestone(number) and not (run.checkpoints / timetable.milestone_name(number)).exists():
@@ -262,11 +282,17 @@ class Writer:
         if number >= timetable.last_step:
             print("nothing to do: the run has reached its end; raise --epochs (or --max_steps) to continue")
 
+    def log(self, number: int, row: dict[str, float]) -> None:
+        """Add an epoch to metrics.csv and to the run's page."""
+        self.run.log(row)
+        self.page.update(number)
+
     def show_progress(self, number: int) -> None:
         """Update the loss curve and draw the sample grid."""
         self.run.write("loss.png", self.run.draw_loss)
         self.run.write(self.timetable.grid_name(number), self.draw_grid)
         self.run.log_grid(number, self.timetable.grid_name(number))
+        self.page.update(number)
 
     def _save(self, name: str, number: int, **more: Any) -> bool:
         return self.run.save(name, **self.content, ema=self.step.ema.state_dict(), config=asdict(self.config),
@@ -275,8 +301,10 @@ class Writer:
 
     def latest(self, number: int) -> bool:
         """Write latest.pt, from which a run resumes; return whether that worked."""
-        return self._save("latest.pt", number, **self.step.state(), history=self.run.history,
-                          num_images=len(self.run_images.dataset), fingerprint=self.run_images.fingerprint)
+        saved = self._save("latest.pt", number, **self.step.state(), history=self.run.history,
+                           num_images=len(self.run_images.dataset), fingerprint=self.run_images.fingerprint)
+        self.page.update(number)
+        return saved
 
     def milestone(self, number: int) -> None:
         """Write epoch_XXXX.pt, after a first latest.pt, without which it could not be resumed."""
@@ -292,13 +320,14 @@ class Writer:
             raise OSError(f"could not save step {number:,} (disk full?); {checkpoints}/latest.pt is older. Free some "
                           f"space and run --resume, which repeats the steps since then")
         if stop_signal and number < last_step:
+            self.page.update(number, "stopped")
             self.step.dist.finalize()
-            name = f" --run_name {self.run_name}" if self.run_name else ""
-            print(f"stopped at step {number:,} of {last_step:,} and saved; continue with: {command()} --resume{name}")
+            print(f"stopped at step {number:,} of {last_step:,} and saved; continue with: {self.resume}")
             sys.exit(128 + stop_signal)
         if not self._save("final_model.pt", number):
             raise OSError(f"the training is done, but {checkpoints}/final_model.pt could not be written. Free some "
                           f"space and run --resume, which writes it")
+        self.page.update(number, "finished")
         if self.stage:
             self.step.dist.wait()
         else:

@@ -212,7 +212,7 @@ class RunDir:
         path = self.checkpoints / name
         saved = self._try(path, lambda: save_checkpoint(path, **content))
         if saved and name in ("latest.pt", "final_model.pt"):
-            self.write("cost.json", lambda path: self._write_cost(path, content["step"]))
+            self.write("cost.json", lambda path: path.write_text(json.dumps(self.cost(content["step"])) + "\n"))
         if name == "latest.pt":
             self.next_save = time.monotonic() + (self.save_seconds if saved else min(RETRY_SECONDS, self.save_seconds))
         return saved
@@ -279,11 +279,10 @@ class RunDir:
         with path.open("a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(self.history[-1])
 
-    def _write_cost(self, path: Path, step: int) -> None:
-        """Write the run's cost up to this step, with grids and saves: seconds, images, and peak memory in bytes."""
-        cost = dict(seconds=round(self.spent + time.monotonic() - self.began, 1), images=step * self.batch_size,
+    def cost(self, step: int) -> dict[str, float]:
+        """Return the run's cost up to this step, with grids and saves: seconds, images, and peak memory in bytes."""
+        return dict(seconds=round(self.spent + time.monotonic() - self.began, 1), images=step * self.batch_size,
                     peak_memory=max(self.peak, peak_memory()))
-        path.write_text(json.dumps(cost) + "\n")
 
     def draw_loss(self, path: Path) -> None:
         """Plot the loss of each epoch on logarithmic axes, where a steady improvement is a straight line."""
