@@ -42,20 +42,24 @@ export async function fetchBytes(model, names, report, { withRuntime = true } = 
     const sum = (key) => progress.reduce((total, part) => total + part[key], 0);
     report(sum("received"), known ? Math.max(sum("total"), sum("received")) : 0);
   };
+  const abort = new AbortController();
   const contents = await Promise.all(paths.map((path, i) => {
     // The hash makes another address of another content, so that no cache can give an older one.
     const version = model.sha256?.[names[i]]?.slice(0, 16) ?? "";
-    return fetchOne(path, model.bytes?.[names[i]], version, (part) => {
+    return fetchOne(path, model.bytes?.[names[i]], version, abort.signal, (part) => {
       progress[i] = part;
       tell();
     });
-  }));
+  })).catch((error) => {
+    abort.abort(); // without one of them the others are of no use
+    throw error;
+  });
   await Promise.all(names.map((name, i) => check(name, contents[i], model)));
   return { model: Object.fromEntries(names.map((name, i) => [name, contents[i]])), runtime: contents[names.length] };
 }
 
-async function fetchOne(path, size, version, report) {
-  const response = await get(path, {}, version);
+async function fetchOne(path, size, version, signal, report) {
+  const response = await get(path, { signal }, version);
   const packed = response.headers.get("content-encoding"); // then the length is not that of the content
   const total = size ?? (packed ? 0 : Number(response.headers.get("content-length") ?? 0));
   const parts = [];
@@ -87,7 +91,7 @@ async function get(path, options = {}, version = "") {
     throw new Problem(`${path} could not be fetched. Is the connection, or the server, still there?`);
   }
   if (response.status === 404) {
-    throw new Problem(`${path} is missing on this server. \`python export.py --to web\` writes the whole folder.`);
+    throw new Problem(`${path} is missing on this server. “python export.py --to web” writes the whole folder.`);
   }
   if (!response.ok) throw new Problem(`The server did not give ${path} (status ${response.status}).`);
   return response;

@@ -48,6 +48,7 @@ export class Engine {
       this.decodings.delete(data.id);
       if (data.kind === "decoded") waiting.resolve(data.pixels);
       else waiting.reject(new Error(data.message));
+      if (data.kind === "failed") this.onMessage(data);
     } else if (data.run === undefined || data.run === this.run) {
       this.onMessage(data);
     }

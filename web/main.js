@@ -120,10 +120,12 @@ function buildControls() {
 
   $("controls").addEventListener("submit", (event) => {
     event.preventDefault();
+    $("notes").hidden = true; // about the link that was opened
     draw();
   });
   $("another").prepend(dieIcon());
   $("another").addEventListener("click", () => {
+    $("notes").hidden = true;
     set("seed", randomSeed());
     if (settings.mode === "morph") set("to", randomSeed());
     draw();
@@ -206,7 +208,6 @@ async function draw() {
   drawn = { ...settings, types: [...settings.types], drawing: drawing ? await pack(drawing) : "" };
   drawn.items = itemsOf(drawn);
   history.replaceState(null, "", `#${toHash(drawn, model)}`);
-  $("notes").hidden = true;
   $("link").hidden = true;
   $("action-status").textContent = "";
 
@@ -310,7 +311,8 @@ function step(message) {
 function fail({ message, while: doing }) {
   setRunning(false);
   if (doing === "load") setReady(false);
-  say("");
+  $("progress").value = 0;
+  say(doing === "load" ? "The network is not loaded." : "It did not work.");
   trouble(message);
 }
 

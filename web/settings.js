@@ -87,7 +87,7 @@ export function fromHash(hash, model) {
     settings[name] = value;
   }
 
-  const types = [...new Set((link.get("types") ?? "").split(/[\s,+]+/).filter(Boolean))];
+  const types = [...new Set((link.get("types") ?? "").split(/\s+/).filter(Boolean))];
   const known = types.filter((name) => model.types.includes(name));
   const unknown = types.filter((name) => !model.types.includes(name));
   if (unknown.length) {

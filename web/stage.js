@@ -126,8 +126,9 @@ export class Stage {
   }
 
   paint() {
-    const { current, moment } = this;
-    if (!current?.x.length) return;
+    const { current } = this;
+    if (!current?.x.length) return this.paintNothing();
+    const { moment } = this;
     const last = moment === current.x.length - 1;
     const guess = current.guesses[moment] ?? current.guesses.at(-1);
     this.show(this.picture, current.x[moment]);
@@ -142,6 +143,13 @@ export class Stage {
     this.guess.setAttribute("aria-label", "What the network expects the creature to be");
   }
 
+  paintNothing() {
+    for (const canvas of [this.picture, this.guess]) this.show(canvas, null);
+    this.pictureCaption.textContent = `${capital(this.current.name)}: not drawn`;
+    this.picture.setAttribute("aria-label", "Nothing yet");
+    this.guess.setAttribute("aria-label", "Nothing yet");
+  }
+
   /** Paint a frame. Latents are decoded first, the newest request only. */
   async show(canvas, frame) {
     canvas.wanted = frame;
@@ -150,7 +158,7 @@ export class Stage {
       try {
         frame.pixels = await this.decode(frame.latents);
       } catch {
-        return; // the worker has said why
+        return; // the page says why
       }
       if (canvas.wanted !== frame) return;
     }

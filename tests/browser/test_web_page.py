@@ -91,6 +91,8 @@ def test_stop_and_draw_again(page):
     text_of(page, "status", "Creature 2 of 16")
     page.get_by_role("button", name="Stop").click()
     text = text_of(page, "status", "Stopped")
+    page.locator("#thumbnails label").last.click()
+    assert "not drawn" in text_of(page, "picture-caption") and page.locator("#save").is_disabled()
     assert re.fullmatch(r"Stopped: [1-4] of 16 done\.", text)
     first = pixels(page, "#thumbnails label:nth-child(1) canvas")
     page.wait_for_timeout(300)
@@ -147,6 +149,12 @@ def test_the_keyboard_alone(page):
     page.keyboard.press("Enter")
     text_of(page, "status", DONE)
     assert "types=electric" in page.url and "n=1" in page.url and "drawing=" in page.url
+    page.locator("#seed").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("123")
+    page.keyboard.press("Enter")  # without leaving the field
+    page.wait_for_url("**seed=123&**")
+    text_of(page, "status", DONE)
     assert page.locator("#announcement").inner_text() == page.locator("#status").inner_text()
 
 

@@ -6,7 +6,7 @@ import base64
 import io
 
 import numpy as np
-from driving import pixels, scribble, text_of
+from driving import open_link, pixels, scribble, text_of
 from PIL import Image
 
 
@@ -29,6 +29,9 @@ def test_a_missing_or_damaged_file_is_a_sentence(visit, site):
         page = visit(broken=broken)
         assert words in text_of(page, "trouble-text")
         assert page.get_by_role("button", name="Try again").is_visible() and not page.locator("#draw").is_enabled()
+        if "model.onnx" in words:
+            page.wait_for_timeout(200)  # what is still on its way must not say that all is well
+            assert page.locator("#status").inner_text() == "The network is not loaded."
         if "99" in words:
             page.context.unroute("**/model/model.json*")  # it is back
             page.get_by_role("button", name="Try again").click()
@@ -52,6 +55,11 @@ def test_a_link_out_of_range_is_said_in_words(page):
     assert page.locator("#count").input_value() == "16" and page.locator("#seed").input_value() == "0"
     page.get_by_role("button", name="Draw", exact=True).click()
     assert "canvas is empty" in text_of(page, "sketch-trouble")
+
+    open_link(page, "#n=0&steps=1&seed=1e99")  # one that draws by itself: the words stay
+    assert page.locator("#notes").is_visible() and "1e99" in text_of(page, "notes-text")
+    page.get_by_role("button", name="All right").click()
+    assert page.locator("#notes").is_hidden()
 
 
 def test_pictures_on_the_canvas(page):
