@@ -29,9 +29,16 @@ from evaluation.data import (
 )
 from evaluation.distances import import_torch_fidelity
 from evaluation.efficientnet import EfficientNetFeatures
-from evaluation.measure import Measurement, draw_samples, measure_bits, measure_samples
+from evaluation.measure import (
+    Measurement,
+    draw_samples,
+    measure_bits,
+    measure_guided_copies,
+    measure_membership,
+    measure_samples,
+)
 from evaluation.report import table, write_report
-from models.pipeline import Pipeline, newest_checkpoint
+from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS
 from utils.cli import device_setting, parse, precision_setting, seed_setting, setting
 from utils.device import describe_device, pick_device, pick_precision, use_fast_kernels
@@ -59,7 +66,10 @@ class Settings:
                                 "sampler)", kind=int, least=1)
     guidance: float = setting(1.0, "classifier-free guidance scale (1 = off); higher values make samples less varied "
                               "than the data")
-    num_likelihood: int = setting(200, "training images, and unseen images, whose bits are estimated; 0: none", least=0)
+    num_guided: int = setting(200, "samples at guidance 3, generate.py's default, that are searched for copies as "
+                              "well, of a model with types; 0: none", least=0)
+    num_likelihood: int = setting(200, "training images, and unseen images, whose bits and membership are estimated; "
+                                  "0: none", least=0)
     likelihood_steps: int = setting(16, "timesteps visited for each of them", least=1)
     features: str | None = setting(None, "also KID, precision, recall, density and coverage in the features of this "
                                    "outside network; needs the packages of requirements-evaluate.txt",
@@ -148,23 +158,26 @@ def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData
 def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settings, device: torch.device,
              outside: EfficientNetFeatures | None) -> Measurement:
     """Measure one checkpoint, or the samples in a folder."""
-    if info is None:
-        measurement = Measurement(str(settings.samples))
-    else:
+    pipeline = Pipeline.load(info.path, device, settings.precision) if info else None
+    drawing = dict(sampler=settings.sampler, steps=settings.steps, seed=settings.seed, batch_size=settings.batch_size)
+    if info:
         measurement = Measurement(str(info.path), info.epoch, trained_on=info.settings["data"])
+    else:
+        measurement = Measurement(str(settings.samples))
     if settings.samples:
         measurement.samples = load_samples(settings.samples, data.train.shape[-1])
-    if info is not None:
-        pipeline = Pipeline.load(info.path, device, settings.precision)
-        if not settings.samples:
-            measurement.samples, measurement.sampling = draw_samples(
-                pipeline, data, settings.num_samples, sampler=settings.sampler, steps=settings.steps,
-                guidance=settings.guidance, seed=settings.seed, batch_size=settings.batch_size)
-        if settings.num_likelihood:
-            measure_bits(measurement, pipeline, data, settings.num_likelihood, settings.likelihood_steps,
-                         seed=settings.seed, batch_size=settings.batch_size)
+    else:
+        measurement.samples, measurement.sampling = draw_samples(pipeline, data, settings.num_samples,
+                                                                 guidance=settings.guidance, **drawing)
+    if pipeline and settings.num_likelihood:
+        effort = (settings.num_likelihood, settings.likelihood_steps)
+        measure_bits(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)
+        measure_membership(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)
     print(f"measuring {len(measurement.samples):,} samples")
     measure_samples(measurement, data, outside, fid=settings.fid, cuda=device.type == "cuda")
+    can_be_guided = pipeline and not settings.samples and pipeline.supports_guidance
+    if can_be_guided and settings.num_guided and settings.guidance != DEFAULT_GUIDANCE:
+        measure_guided_copies(measurement, pipeline, data, settings.num_guided, **drawing)
     return measurement
 
 

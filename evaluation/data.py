@@ -64,7 +64,8 @@ class EvaluationData:
     """Images that a model was trained on, and others that it has not seen; uint8 [N, 3, S, S].
 
     names: of the training images.
-    train_labels, unseen_labels: float [N, K] for the model's K classes, or None.
+    class_names: the model's K classes.
+    train_labels, unseen_labels: float [N, K], or None.
     description: one line for people.
     notes: what cannot be measured with these images.
 
@@ -74,6 +75,7 @@ class EvaluationData:
     train: torch.Tensor
     names: list[str]
     unseen: torch.Tensor
+    class_names: tuple[str, ...] = ()
     train_labels: torch.Tensor | None = None
     unseen_labels: torch.Tensor | None = None
     description: str = ""
@@ -183,7 +185,7 @@ def load_data(source: DataSource, held_out: Sequence[str] | None = (), class_nam
                          f"give the folder of the training with --data")
     labels = _labels_for(dataset, class_names) if class_names else None
     names = [name for name in dataset.names if name not in held_out]
-    data = EvaluationData(images[~is_unseen], names, images[is_unseen])
+    data = EvaluationData(images[~is_unseen], names, images[is_unseen], tuple(class_names))
     if labels is not None:
         data.train_labels, data.unseen_labels = labels[~is_unseen], labels[is_unseen]
 

@@ -56,6 +56,33 @@ def wilson_interval(count: int, total: int, z: float = Z_95) -> tuple[float, flo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# removing the influence of a covariate
+
+
+def residuals(values: torch.Tensor, covariate: torch.Tensor) -> torch.Tensor:
+    """Return what is left of `values` [N] after a linear regression on `covariate` [N], float64."""
+    x = covariate.double() - covariate.double().mean()
+    design = torch.stack([torch.ones_like(x), x], dim=1)
+    return values.double() - design @ (torch.linalg.pinv(design) @ values.double())
+
+
+def adjusted_difference(first: torch.Tensor, second: torch.Tensor, covariate: tuple[torch.Tensor, torch.Tensor]
+                        ) -> tuple[float, float]:
+    """Return how much larger the mean of `second` [M] is than that of `first` [N], and its standard error.
+
+    The influence of a covariate, a number for each value of either, is removed by a linear regression with a common
+    slope (analysis of covariance). The error allows for unequal variances (White 1980).
+    """
+    y, x = torch.cat([first, second]).double(), torch.cat(covariate).double()
+    is_second = torch.cat([torch.zeros(len(first)), torch.ones(len(second))]).double()
+    design = torch.stack([torch.ones_like(x), is_second, x - x.mean()], dim=1)
+    inverse = torch.linalg.pinv(design)  # [3, N + M]
+    coefficients = inverse @ y
+    residual = (y - design @ coefficients) * (len(y) / max(1, len(y) - 3)) ** 0.5
+    return coefficients[1].item(), ((inverse[1] * residual) ** 2).sum().sqrt().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # figures of the report
 
 

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from evaluation.error_bars import standard_error
+from evaluation.error_bars import adjusted_difference, standard_error
 from forward_diffusion import NoiseScheduler
 from reverse_diffusion import VARIANCES
 from utils.images import to_pil
@@ -117,7 +117,7 @@ def variational_bound(
         # Predict the clean image
         x_0 = latent_range * (images[image].to(device).float() / 127.5 - 1)
         image_labels = None if labels is None else labels[image].to(device)
-        predicted = _predict_x_0(model, scheduler, prediction, x_0, t.to(device), noise.to(device), image_labels)
+        predicted = predict_x_0(model, scheduler, prediction, x_0, t.to(device), noise.to(device), image_labels)
         if clip:
             predicted = predicted.clamp(-latent_range, latent_range)
 
@@ -190,8 +190,8 @@ def _draw_passes(images: list[int], passes: list[int], ranges: list[tuple[int, i
 
 
 @torch.no_grad()
-def _predict_x_0(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, prediction: str, x_0: torch.Tensor,
-                 t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+def predict_x_0(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, prediction: str, x_0: torch.Tensor,
+                t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """Add noise to x_0, and return what the model takes for the clean image."""
     x_t = scheduler.add_noise(x_0, t, noise)
     output = model(x_t, t) if labels is None else model(x_t, t, labels)
@@ -234,18 +234,11 @@ def generalisation_gap(train: Bound, unseen: Bound, detail: tuple[torch.Tensor, 
     """Return how many more bits per dimension unseen images cost than training images, and its standard error.
 
     Most of the error is the variation among images: detailed ones cost more bits, whether seen or not. `detail`, a
-    number for each training and each unseen image such as `png_bits`, removes this by a linear regression with a common
-    slope (analysis of covariance). The error allows for unequal variances (White 1980).
+    number for each training and each unseen image such as `png_bits`, removes this (see `adjusted_difference`).
     """
     if detail is None:
         return unseen.mean - train.mean, math.hypot(train.stderr, unseen.stderr)
-    y, x = torch.cat([train.bits, unseen.bits]), torch.cat(detail).double()
-    is_unseen = torch.cat([torch.zeros(len(train.bits)), torch.ones(len(unseen.bits))]).double()
-    design = torch.stack([torch.ones_like(x), is_unseen, x - x.mean()], dim=1)
-    inverse = torch.linalg.pinv(design)  # [3, N]
-    coefficients = inverse @ y
-    residual = (y - design @ coefficients) * (len(y) / max(1, len(y) - 3)) ** 0.5
-    return coefficients[1].item(), ((inverse[1] * residual) ** 2).sum().sqrt().item()
+    return adjusted_difference(train.bits, unseen.bits, detail)
 
 
 def png_bits(images: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,16 @@ MEANINGS: dict[str, Meaning] = {
         "brightness) than 99 % of the training images are to each other. The threshold is set so that about 1 % of "
         "new images count as copies by chance; a clearly higher fraction means that the model has memorised images.",
     ),
+    "copies_ratio": Meaning(
+        "copies, by the ratio 1/3", "%", "lower",
+        "Fraction of samples whose distance to the nearest training image is less than a third of that to the second "
+        "nearest: the yardstick of the literature, with distances after the same fit. Far fewer than 1 % of new images "
+        "are called copies by it; it misses copies of images that have a duplicate.",
+    ),
+    "copies_guided": Meaning(
+        "copies, at guidance 3", "%", "lower",
+        "As copies, for samples that follow their types with guidance 3, the default of generate.py --types.",
+    ),
     "copies_features": Meaning(
         "copies, by features", "%", "lower",
         "The same for the same pairs, compared by colours and edges at full size instead of pixel by pixel. It misses "
@@ -112,6 +122,16 @@ MEANINGS: dict[str, Meaning] = {
         "bits, unseen minus training", "3", "nearer to 0",
         "How many more bits an unseen image costs, corrected for the amount of detail in each image. Clearly above 0 "
         "is the first sign of memorisation.",
+    ),
+    "membership_auc": Meaning(
+        "membership, AUC", "2", "nearer to 0.5",
+        "Probability that a training image is predicted better than an unseen one, at 16 noise levels together and "
+        "corrected for the amount of detail. 0.5 is chance; 1 means that every training image can be told.",
+    ),
+    "membership_found": Meaning(
+        "membership, found at 1 %", "%", "lower",
+        "Fraction of training images that can be told to be ones by their error if 1 % of unseen images (or one of "
+        "them) may be mistaken for one. About 1 % are by chance.",
     ),
     "black_corner": Meaning(
         "black corners", "%", "as the data",

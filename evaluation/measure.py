@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,14 @@ from evaluation.efficientnet import EfficientNetFeatures
 from evaluation.error_bars import Score, fraction_figure, mean_figure, score_figure, widened
 from evaluation.image_statistics import image_statistics
 from evaluation.likelihood import generalisation_gap, png_bits, variational_bound
+from evaluation.membership import denoising_errors, gap_by_noise, membership, noise_levels
 from evaluation.memorization import find_copies, warp_uint8
-from models.pipeline import Pipeline
+from models.pipeline import DEFAULT_GUIDANCE, Pipeline
 from utils.images import to_uint8
 from utils.seeding import seed_from
 
 NUM_PAIRS = 24  # closest pairs that are shown
+RARE = 5  # training images that have the same types, at most, for these to count as rare
 OTHER_SAMPLER_STEPS = 50  # steps of a sampler other than that of the training's grids
 FRACTIONS = ("precision", "recall", "coverage")
 OUTSIDE = "efficientnet_"  # begins the names of figures in the features of the outside network
@@ -49,8 +52,12 @@ class Measurement:
     figures: by name (see meanings.py): a figure (see error_bars.py) with, under "real", that of real images in the
         place of the samples, the best that can be expected.
     bits: details of the variational bounds, "train" and "held_out".
+    gap_by_noise: a figure for each noise level, with its "timestep" and "noise", the standard deviation of the noise in
+        x_t as a multiple of the image's coefficient (see membership.py).
     compared: number of samples in the distances, or None.
     copies: details of the search for copies, or None.
+    copies_by_type: a row for each type: "type", and a figure with its "total" number of samples for "plain" and
+        "guided" samples, where there are any.
     pairs: the closest pairs, uint8 [NUM_PAIRS, 3, S, 2 S + 2]: sample and training image; or None.
     notes: what could not be measured, and why.
     """
@@ -62,8 +69,10 @@ class Measurement:
     sampling: dict[str, Any] | None = None
     figures: dict[str, dict] = field(default_factory=dict)
     bits: dict[str, dict] = field(default_factory=dict)
+    gap_by_noise: list[dict] = field(default_factory=list)
     compared: int | None = None
     copies: dict[str, Any] | None = None
+    copies_by_type: list[dict] = field(default_factory=list)
     pairs: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -92,7 +101,7 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
     sampler = sampler or grid_sampler
     steps = steps or (grid_steps if sampler == grid_sampler else OTHER_SAMPLER_STEPS)
     steps = min(steps, pipeline.scheduler.num_timesteps)
-    labels = _random_labels(data, num_samples, seed)
+    labels = sample_labels(data, num_samples, seed)
     if guidance != 1 and pipeline.class_names and labels is None:
         raise ValueError("--guidance strengthens types, and the images of the data have none: leave --guidance out")
     pipeline.check_guidance(guidance, labels)
@@ -112,8 +121,8 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
     return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance)
 
 
-def _random_labels(data: EvaluationData, count: int, seed: int) -> torch.Tensor | None:
-    """Return the labels of `count` random training images; None if they have none."""
+def sample_labels(data: EvaluationData, count: int, seed: int) -> torch.Tensor | None:
+    """Return the labels of `count` random training images [count, K], which samples are drawn with; None without."""
     if data.train_labels is None or not data.train_labels.any():
         return None
     generator = torch.Generator().manual_seed(seed_from(seed, stream="types"))
@@ -129,30 +138,71 @@ def measure_bits(measurement: Measurement, pipeline: Pipeline, data: EvaluationD
     """
     latent_range = pipeline.space.latent_range
     measurement.notes += pipeline.space.notes
-    sets = {"train": (data.train, data.train_labels), "held_out": (data.unseen, data.unseen_labels)}
     bounds, details = {}, {}
-    for name, (images, labels) in sets.items():
-        if len(images) < 2:
-            continue
-        generator = torch.Generator().manual_seed(seed_from(seed, stream=f"likelihood {name}"))
-        chosen = torch.randperm(len(images), generator=generator)[:num_images]
+    for name, (images, labels) in _chosen_images(data, num_images, seed).items():
         # What the model sees, in 256 levels: latents are rounded to them, pixels are these levels.
-        levels = to_uint8(pipeline.encode(images[chosen].float() / 127.5 - 1) / latent_range)
-        with tqdm(total=len(chosen) * (1 + num_timesteps), desc=f"bits, {name.replace('_', ' ')}", unit="pass",
-                  dynamic_ncols=True) as bar:
+        levels = to_uint8(pipeline.encode(images.float() / 127.5 - 1) / latent_range)
+        with _progress(f"bits, {name}", len(images) * (1 + num_timesteps)) as bar:
             bound = variational_bound(
                 pipeline.denoise, pipeline.scheduler, levels, latent_range=latent_range,
-                prediction=pipeline.prediction, labels=None if labels is None else labels[chosen],
-                num_timesteps=num_timesteps, seed=seed, batch_size=batch_size, device=pipeline.device,
-                callback=bar.update,
+                prediction=pipeline.prediction, labels=labels, num_timesteps=num_timesteps, seed=seed,
+                batch_size=batch_size, device=pipeline.device, callback=bar.update,
             )
-        bounds[name], details[name] = bound, png_bits(images[chosen])
+        bounds[name], details[name] = bound, png_bits(images)
         measurement.figures[f"bits_{name}"] = score_figure(Score(bound.mean, bound.stderr))
-        measurement.bits[name] = dict(num_images=len(chosen), prior=bound.prior.mean().item(), ranges=bound.ranges,
+        measurement.bits[name] = dict(num_images=len(images), prior=bound.prior.mean().item(), ranges=bound.ranges,
                                       steps=bound.steps.mean(dim=0).tolist(), decoder=bound.decoder.mean().item())
     if len(bounds) == 2:
         gap, error = generalisation_gap(bounds["train"], bounds["held_out"], (details["train"], details["held_out"]))
         measurement.figures["bits_gap"] = score_figure(Score(gap, error))
+
+
+def measure_membership(measurement: Measurement, pipeline: Pipeline, data: EvaluationData, num_images: int = 200,
+                       num_levels: int = 16, *, seed: int = 0, batch_size: int = 64) -> None:
+    """Measure how much better training images are predicted than unseen ones, by noise level and by image.
+
+    Nothing is measured without unseen images.
+
+    Args:
+        num_images, num_levels: images of each kind, and noise levels that each image is predicted at.
+    """
+    chosen = _chosen_images(data, num_images, seed)
+    if len(chosen) < 2:
+        return
+    scheduler, errors, details = pipeline.scheduler, {}, {}
+    timesteps = noise_levels(scheduler, num_levels)
+    for name, (images, labels) in chosen.items():
+        with _progress(f"noise levels, {name}", len(images) * len(timesteps)) as bar:
+            errors[name] = denoising_errors(
+                pipeline.denoise, scheduler, pipeline.encode(images.float() / 127.5 - 1), timesteps,
+                prediction=pipeline.prediction, latent_range=pipeline.space.latent_range, labels=labels, seed=seed,
+                batch_size=batch_size, device=pipeline.device, callback=bar.update,
+            )
+        details[name] = png_bits(images)
+    train, unseen, detail = errors["train"], errors["held_out"], (details["train"], details["held_out"])
+    noise = scheduler.snr()[timesteps].rsqrt().tolist()
+    measurement.gap_by_noise = [dict(timestep=t, noise=sigma, **figure)
+                                for t, sigma, figure in zip(timesteps, noise, gap_by_noise(train, unseen, detail))]
+    figures, false_positive_rate = membership(train, unseen, detail)
+    measurement.figures["membership_auc"] = figures["auc"]
+    measurement.figures["membership_found"] = figures["found"] | dict(chance=false_positive_rate)
+
+
+def _chosen_images(data: EvaluationData, count: int, seed: int
+                   ) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Choose up to `count` images "train" and "held_out", with their labels; a kind with fewer than two is left out."""
+    chosen = {}
+    for name, images, labels in (("train", data.train, data.train_labels),
+                                 ("held_out", data.unseen, data.unseen_labels)):
+        if len(images) >= 2:
+            generator = torch.Generator().manual_seed(seed_from(seed, stream=f"likelihood {name}"))
+            index = torch.randperm(len(images), generator=generator)[:count]
+            chosen[name] = images[index], None if labels is None else labels[index]
+    return chosen
+
+
+def _progress(text: str, total: int) -> tqdm:
+    return tqdm(total=total, desc=text.replace("_", " "), unit="pass", dynamic_ncols=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,22 +265,63 @@ def _measure_copies(measurement: Measurement, data: EvaluationData) -> None:
     """Measure the fraction of copies among the samples and among unseen images; find the closest pairs."""
     samples, thresholds = measurement.samples, data.copy_thresholds
     matches, is_copy = find_copies(samples, data.train, thresholds, data.feature_space)
-    for name, kind in (("copies", "pixels"), ("copies_features", "features")):
-        measurement.figures[name] = fraction_figure(is_copy[kind])
-        if data.false_alarms is not None:
-            measurement.figures[name]["real"] = fraction_figure(data.false_alarms[kind])
+    for name, kind in (("copies", "pixels"), ("copies_ratio", "ratio"), ("copies_features", "features")):
+        measurement.figures[name] = _copies_figure(is_copy[kind], data, kind)
+    if measurement.sampling is not None:
+        labels = sample_labels(data, len(samples), measurement.sampling["seed"])
+        _add_copies_by_type(measurement, data, "plain", is_copy["pixels"], labels)
 
     # Closest pairs
     order = matches.distance.argsort()[:NUM_PAIRS]
     closest = [dict(sample=i, image=data.names[matches.index[i]], distance=matches.distance[i].item(),
                     mirrored=matches.pose[i, 0].item() < 0, degrees=matches.pose[i, 1].item()) for i in order.tolist()]
     measurement.pairs = _side_by_side(samples[order], warp_uint8(data.train[matches.index[order]], matches.pose[order]))
-    pixels, features = thresholds["pixels"], thresholds["features"]
+    pixels, ratio, features = thresholds["pixels"], thresholds["ratio"], thresholds["features"]
     measurement.copies = dict(
         explanation=_explain_threshold(data), threshold=pixels.distance, alarm=pixels.false_alarm,
         planted_found=pixels.planted_found, compared=pixels.compared, duplicates=pixels.duplicates,
+        ratio_alarm=ratio.false_alarm, ratio_planted_found=ratio.planted_found,
         features_threshold=features.distance, features_planted_found=features.planted_found, closest=closest,
     )
+
+
+def measure_guided_copies(measurement: Measurement, pipeline: Pipeline, data: EvaluationData, num_samples: int = 200,
+                          *, sampler: str | None = None, steps: int | None = None, seed: int = 0, batch_size: int = 64
+                          ) -> None:
+    """Search for copies among samples at the guidance that generate.py uses by default, after `measure_samples`.
+
+    Guidance makes samples typical of their types; where few training images have these types, that can mean a copy.
+    The samples have the seeds and types of the first plain ones.
+    """
+    if measurement.copies is None or sample_labels(data, 1, seed) is None:
+        return
+    samples, _ = draw_samples(pipeline, data, num_samples, sampler=sampler, steps=steps, guidance=DEFAULT_GUIDANCE,
+                              seed=seed, batch_size=batch_size)
+    is_copy = find_copies(samples, data.train, data.copy_thresholds, data.feature_space)[1]["pixels"]
+    measurement.figures["copies_guided"] = _copies_figure(is_copy, data, "pixels")
+    _add_copies_by_type(measurement, data, "guided", is_copy, sample_labels(data, num_samples, seed))
+
+
+def _copies_figure(is_copy: torch.Tensor, data: EvaluationData, kind: str) -> dict[str, Any]:
+    """Return the fraction of copies, with that of unseen images where there are any."""
+    figure = fraction_figure(is_copy)
+    return figure if data.false_alarms is None else figure | dict(real=fraction_figure(data.false_alarms[kind]))
+
+
+def _add_copies_by_type(measurement: Measurement, data: EvaluationData, name: str, is_copy: torch.Tensor,
+                        labels: torch.Tensor | None) -> None:
+    """Add the fraction of copies among the samples of each type, and of rare combinations of types, under `name`."""
+    if labels is None:
+        return
+    counts = Counter(map(tuple, data.train_labels.tolist()))
+    is_rare = torch.tensor([counts[tuple(row)] <= RARE for row in labels.tolist()])
+    groups = dict(zip(data.class_names, labels.bool().T)) | {f"types of at most {RARE} training images": is_rare}
+    rows = {row["type"]: row for row in measurement.copies_by_type}
+    for group, mask in groups.items():
+        if mask.any():
+            row = rows.setdefault(group, dict(type=group))
+            row[name] = fraction_figure(is_copy[mask]) | dict(total=mask.sum().item())
+    measurement.copies_by_type = list(rows.values())
 
 
 def _explain_threshold(data: EvaluationData) -> str:
@@ -239,7 +330,8 @@ def _explain_threshold(data: EvaluationData) -> str:
     text = (f"A sample counts as a copy if its distance is at most {threshold.distance:.3f}. "
             f"{100 * threshold.false_alarm:.1f} % of {threshold.compared - threshold.duplicates:,} training images are "
             f"that close to another one. Of copies planted on purpose (rotated, shifted, recoloured), "
-            f"{100 * threshold.planted_found[0]:.0f} % are found.")
+            f"{100 * threshold.planted_found[0]:.0f} % are found; the ratio of the nearest to the second nearest "
+            f"distance finds {100 * data.copy_thresholds['ratio'].planted_found[0]:.0f} % of them.")
     if threshold.duplicates:
         text += (f" {threshold.duplicates:,} of {threshold.compared:,} training images have a duplicate among the "
                  f"others, and were not used for the threshold.")

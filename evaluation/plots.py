@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OVER_TIME = ("bits_train", "bits_held_out", "copies", "precision", "recall", "coverage", "wasserstein",
-             "wasserstein_fine", "efficientnet_kid", "saturation")
+             "wasserstein_fine", "efficientnet_kid", "membership_auc", "saturation")
 COLUMNS = 3
+NOISE_TICKS = (0.2, 0.5, 1, 2, 5)
 
 
 def plot_over_time(measurements: Sequence[Measurement], path: Path) -> None:
@@ -61,6 +62,33 @@ def plot_bits(measurement: Measurement, path: Path) -> None:
     axis.set_ylabel("bits per value and timestep")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
+    _save(figure, path)
+
+
+def plot_gap(measurements: Sequence[Measurement], path: Path) -> None:
+    """Plot the error of unseen images as a multiple of that of training images, against the noise, by epoch."""
+    figure, (axis,) = _new_figure(1, 1, width=7, height=3.4)
+    largest = 1.0
+    for number, measurement in enumerate(measurements):
+        gaps = measurement.gap_by_noise
+        noise = [gap["noise"] for gap in gaps]
+        value, low, high = ([1 + gap[key] for gap in gaps] for key in ("value", "low", "high"))
+        colour = f"C{number}" if len(measurements) < 10 else str(0.8 * (1 - number / len(measurements)))
+        axis.plot(noise, value, marker=".", color=colour, label=f"epoch {measurement.epoch}")
+        axis.fill_between(noise, low, high, color=colour, alpha=0.15)
+        largest = max(largest, *value)
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xscale("log")
+    if largest > 3:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter("{x:g}")
+    axis.set_xticks(NOISE_TICKS, labels=map(str, NOISE_TICKS))
+    axis.xaxis.set_minor_formatter("")
+    axis.set_xlabel("standard deviation of the noise, as a multiple of the image's coefficient")
+    axis.set_ylabel("error of unseen images,\nas a multiple of training images'")
+    axis.grid(alpha=0.3)
+    if len(measurements) > 1:
+        axis.legend(fontsize=8)
     _save(figure, path)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from evaluation.data import EvaluationData
 from evaluation.meanings import MEANINGS, format_figure, table_rows
 from evaluation.measure import Measurement
-from evaluation.plots import plot_bits, plot_over_time
+from evaluation.plots import plot_bits, plot_gap, plot_over_time
 from evaluation.report_html import Pair, Plot, write_html
 from utils.files import replacing
 from utils.images import enlarge, image_grid, save_image, to_pil
@@ -39,6 +39,10 @@ BITS_PLOT = (
     "Bits by timestep",
     "Cost of each step of the reverse process. Small t encodes the exact pixel values, large t the shape. Where unseen "
     "images cost more than training images, the model knows its training images better.")
+GAP_PLOT = (
+    "Unseen against training images, by noise level",
+    "How much worse the network predicts the clean image if it has not seen it. Flat at 0: it has learned what the "
+    "images have in common. A hump at medium noise is the first sign that it knows single images.")
 OVER_TIME_PLOT = (
     "Figures over the training",
     "Each figure against the epoch. Shaded: 95 % confidence interval. Dashed: real images. Look for the epoch at which "
@@ -64,6 +68,8 @@ def verdict(measurement: Measurement) -> list[str]:
     lines = []
     if "copies" in measurement.figures:
         lines.append(_copies_verdict(measurement))
+    if "copies_guided" in measurement.figures:
+        lines.append(_guided_verdict(measurement))
     if "bits_gap" in measurement.figures:
         gap = measurement.figures["bits_gap"]
         if gap["low"] > 0:
@@ -71,6 +77,8 @@ def verdict(measurement: Measurement) -> list[str]:
                          f"sign of memorisation.")
         else:
             lines.append("Unseen images cost about as many bits as training images: no sign of memorisation.")
+    if "membership_auc" in measurement.figures:
+        lines.append(_membership_verdict(measurement.figures))
     lines += _comparisons(measurement.figures)
     lines += _differences_from_data(measurement.figures)
     return lines
@@ -85,6 +93,23 @@ def _copies_verdict(measurement: Measurement) -> str:
     if copies["high"] > 3 * expected:
         return f"No copying is evident, but there are too few samples to exclude it: {counted}"
     return f"The model does not copy training images: {counted}"
+
+
+def _guided_verdict(measurement: Measurement) -> str:
+    figure, expected = measurement.figures["copies_guided"], _expected_copies(measurement)
+    percent = f"{100 * figure['value']:.1f} % of samples count as copies"
+    if figure["low"] > expected:
+        return f"At guidance 3, {percent}, more than by chance: look at the types that they were drawn with."
+    return f"At guidance 3, {percent}, no more than by chance."
+
+
+def _membership_verdict(figures: dict[str, dict]) -> str:
+    auc, found = figures["membership_auc"], figures["membership_found"]
+    by_error = f"be told from unseen ones by their error (AUC {auc['value']:.2f}; 0.5 is chance)"
+    if auc["low"] <= 0.5:
+        return f"Training images cannot {by_error}."
+    return (f"Training images can {by_error}: {100 * found['value']:.0f} % of them if 1 % of the others may be "
+            f"mistaken for one.")
 
 
 def _expected_copies(measurement: Measurement) -> float:
@@ -188,6 +213,9 @@ def write_report(measurements: Sequence[Measurement], data: EvaluationData, fold
     if last.bits:
         plot_bits(last, folder / "bits.png")
         plots.append(Plot(*BITS_PLOT, folder / "bits.png"))
+    if last.gap_by_noise:
+        plot_gap([measurement for measurement in measurements if measurement.gap_by_noise], folder / "gap.png")
+        plots.append(Plot(*GAP_PLOT, folder / "gap.png"))
     if len(measurements) > 1:
         plot_over_time(measurements, folder / "over_time.png")
         plots.append(Plot(*OVER_TIME_PLOT, folder / "over_time.png"))
@@ -211,7 +239,8 @@ def _as_dict(measurement: Measurement) -> dict[str, Any]:
     content = dict(
         name=measurement.name, epoch=measurement.epoch, trained_on=measurement.trained_on,
         num_samples=len(measurement.samples), sampling=measurement.sampling, figures=measurement.figures,
-        bits=measurement.bits, compared=measurement.compared, copies=measurement.copies, notes=measurement.notes,
+        bits=measurement.bits, gap_by_noise=measurement.gap_by_noise or None, compared=measurement.compared,
+        copies=measurement.copies, copies_by_type=measurement.copies_by_type or None, notes=measurement.notes,
         verdict=verdict(measurement),
     )
     return {key: value for key, value in content.items() if value is not None}

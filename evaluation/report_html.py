@@ -34,6 +34,10 @@ HOW_TO_READ = (
     "Below each figure is its 95 % confidence interval; figures whose intervals overlap can hardly be told apart. The "
     "column of real images has the same measure with real images in place of the samples: the best that can be "
     "expected.")
+HOW_TO_READ_TYPES = (
+    "Samples that count as copies, by the types that they were drawn with, and the 95 % confidence interval of their "
+    "fraction. About 1 % count as copies by chance, and of many rows some lie above that by chance. Types that few "
+    "training images have are copied first.")
 HOW_TO_READ_PAIRS = (
     "Left: a sample. Right: the nearest training image, mirrored, rotated and shifted to fit. The nearest pairs come "
     "first, and a red frame marks a copy. The distance is the fraction of the sample's contrast that the training "
@@ -67,7 +71,8 @@ def write_html(path: Path, report: dict[str, Any], grids: dict[str, Image.Image]
     last = report["runs"][-1]
     parts = ["<!doctype html><html lang=en><meta charset=utf-8>",
              f"<title>{escape(last['name'])}</title><style>{STYLE}</style>",
-             *_introduction(report), *_images(grids), *_figures(report), *_pairs(last, pairs), *_plots(plots)]
+             *_introduction(report), *_images(grids), *_figures(report), *_copies_by_type(last), *_pairs(last, pairs),
+             *_plots(plots)]
     if len(report["runs"]) > 1:
         parts += _figures_by_epoch(report["runs"])
     parts.append("</html>\n")
@@ -128,6 +133,29 @@ def _figures_by_epoch(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 def _cell(text: str, small_text: str) -> str:
     return f"<td class=n>{escape(text)}<br><small>{escape(small_text)}</small>"
+
+
+def _copies_by_type(last: dict[str, Any]) -> list[str]:
+    rows = last.get("copies_by_type")
+    if not rows:
+        return []
+    columns = {"plain": "as measured above", "guided": "at guidance 3"}
+    columns = {name: heading for name, heading in columns.items() if any(name in row for row in rows)}
+    parts = [f"<h2>Copies by type</h2><p><small>{escape(HOW_TO_READ_TYPES)}</small></p>",
+             "<table><tr><th>type" + "".join(f"<th>{heading}" for heading in columns.values()) + "</tr>"]
+    for row in rows:
+        cells = "".join(_cell(*_counted(row.get(name))) for name in columns)
+        parts.append(f"<tr><td class=n>{escape(row['type'])}{cells}</tr>")
+    parts.append("</table>")
+    return parts
+
+
+def _counted(figure: dict[str, float] | None) -> tuple[str, str]:
+    """Return the number of copies of a figure with its "total", and its interval."""
+    if figure is None:
+        return "", ""
+    count = f"{round(figure['value'] * figure['total']):,} of {figure['total']:,}"
+    return count, f"{format_figure(figure, '%')[1]} %"
 
 
 def _pairs(last: dict[str, Any], pairs: Sequence[Pair]) -> list[str]:

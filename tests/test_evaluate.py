@@ -22,8 +22,8 @@ from utils.checkpoint import save_checkpoint
 from utils.images import enlarge, save_image, to_pil
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-FEW = ("--num_samples 60 --steps 2 --num_likelihood 6 --likelihood_steps 3 --device cpu --precision fp32 "
-       "--output report").split()
+FEW = ("--num_samples 60 --num_guided 20 --steps 2 --num_likelihood 6 --likelihood_steps 3 --device cpu "
+       "--precision fp32 --output report").split()
 
 
 def checkpoint(path: str, *, data: str = "critters", names: tuple[str, ...] = (), held_out: list[str] = (),
@@ -73,11 +73,21 @@ def test_checkpoints_of_one_training_give_a_report_over_time(capsys):
 
     page = Path("report/report.html").read_text()
     assert all(uri.startswith("data:image/png;base64,") for uri in re.findall(r"src='([^']{22})", page))
-    assert "href" not in page and page.count("<img") == 2 + NUM_PAIRS + 2  # grids, pairs, two plots
+    assert "href" not in page and page.count("<img") == 2 + NUM_PAIRS + 3  # grids, pairs, three plots
     for name in measured & MEANINGS.keys():
         assert MEANINGS[name].text.replace("'", "&#x27;") in page
-    for name in ("over_time.png", "bits.png", "closest_pairs.png"):
+    for name in ("over_time.png", "bits.png", "gap.png", "closest_pairs.png"):
         assert Path("report", name).stat().st_size > 1000
+
+    # Copies by type, plain and guided; the error of unseen images at each noise level.
+    run = content["runs"][0]
+    rows = {row["type"]: row for row in run["copies_by_type"]}
+    assert set(rows) - {"types of at most 5 training images"} <= set(TYPES) and len(rows) > 8
+    for kind, total in (("plain", 60), ("guided", 20)):
+        totals = [row[kind]["total"] for name, row in rows.items() if kind in row and name in TYPES]
+        assert total <= sum(totals) <= 2 * total  # one or two types each
+    assert "Copies by type" in page and "at guidance 3" in page
+    assert [gap["noise"] for gap in run["gap_by_noise"]] == sorted(gap["noise"] for gap in run["gap_by_noise"])
 
     # The data set of the training is named everywhere.
     assert content["trained_on"] == content["runs"][0]["trained_on"] == "critters"
@@ -113,9 +123,10 @@ def test_a_folder_of_planted_copies_is_reported_as_such():
     write_folder("fresh", critters(60, 1, 32))
     assert call(evaluate, "--samples", "copied", "--data", "data", "--output", "report") == 0
     assert figures()["copies"]["value"] > 0.95 and figures()["copies"]["low"] > 0.9
+    assert figures()["copies_ratio"]["value"] > 0.95 and "copies_by_type" not in report()["runs"][0]
     assert "The model copies" in Path("report/report.html").read_text()
     assert call(evaluate, "--samples", "fresh", "--data", "data", "--output", "report") == 0
-    assert figures()["copies"]["value"] <= 0.03
+    assert figures()["copies"]["value"] <= 0.03 and figures()["copies_ratio"]["value"] == 0
     assert figures()["border"]["value"] == pytest.approx(1) and "bits_train" not in figures()
     assert report()["trained_on"] is None and "trained on" not in Path("report/report.html").read_text()
 
