@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import warnings
@@ -180,16 +181,12 @@ def build_graph(module: nn.Module, inputs: dict[str, torch.Tensor], output: str,
         raise UserError("the network is larger than the 2 GB that an ONNX file can hold"
                         + ("" if half else "; --half takes half of the bytes"))
     module = module.eval().requires_grad_(False)
-    batch = torch.export.Dim("batch", min=1)
     try:
         with _quiet():
-            program = torch.onnx.export(
-                module, tuple(inputs.values()), dynamo=True, external_data=False, verbose=False,
-                input_names=list(inputs), output_names=[output], dynamic_shapes={name: {0: batch} for name in inputs})
-            graph = program.model_proto
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise UserError(f"torch {torch.__version__} cannot translate this network to ONNX ({first_line(error)}); --to "
-                        f"safetensors can hold it") from error
+            graph = _translate(module, inputs, output)
+    except Exception as error:  # versions of torch and onnxscript that do not go together can raise nearly anything
+        raise UserError(f"torch {torch.__version__} cannot translate this network to ONNX ({first_line(error)}); "
+                        f"another version may, and --to safetensors can hold it") from error
     _remove_traces(graph)
     if half:
         halve_weights(graph)
@@ -198,11 +195,27 @@ def build_graph(module: nn.Module, inputs: dict[str, torch.Tensor], output: str,
     return graph
 
 
+def _translate(module: nn.Module, inputs: dict[str, torch.Tensor], output: str) -> Any:
+    """Return a module as an `onnx.ModelProto` with a free batch."""
+    import onnx
+
+    names: dict[str, Any] = dict(input_names=list(inputs), output_names=[output])
+    if torch.__version__ >= (2, 9):
+        batch = torch.export.Dim("batch", min=1)
+        return torch.onnx.export(module, tuple(inputs.values()), dynamo=True, external_data=False, verbose=False,
+                                 dynamic_shapes={name: {0: batch} for name in inputs}, **names).model_proto
+    # The exporter of earlier versions: the newer one is there, but fixes the batch with the onnxscript of today.
+    file = io.BytesIO()
+    torch.onnx.export(module, tuple(inputs.values()), file, dynamo=False, opset_version=18,
+                      dynamic_axes={name: {0: "batch"} for name in [*inputs, output]}, **names)
+    return onnx.load_from_string(file.getvalue())
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence notes of the exporter about itself."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # what it could not do, it raises
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -255,18 +268,20 @@ def _check(graph: Any, module: nn.Module, inputs: dict[str, torch.Tensor], toler
     import onnx
     import onnxruntime
 
-    onnx.checker.check_model(graph, full_check=True)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    largest = 0.0
-    for batch in (2, 3):
-        rows = {name: part[torch.arange(batch) % 2] for name, part in inputs.items()}
-        with torch.no_grad():
-            ours = module(*rows.values()).numpy()
-        theirs = session.run(None, {name: part.numpy() for name, part in rows.items()})[0]
-        if ours.shape != theirs.shape or not abs(ours - theirs).max() <= tolerance * max(1, abs(ours).max()):
-            raise UserError("onnxruntime computes something else than PyTorch from the exported file; another version "
-                            "of torch, onnxscript or onnxruntime may help")
-        largest = max(largest, abs(ours - theirs).max().item())
-    return largest
+    advice = "another version of torch, onnxscript or onnxruntime may help"
+    batches = [{name: part[torch.arange(size) % 2] for name, part in inputs.items()} for size in (2, 3)]
+    with torch.no_grad():
+        ours = [module(*rows.values()).numpy() for rows in batches]
+    try:
+        onnx.checker.check_model(graph, full_check=True)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what fails is also raised
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        theirs = [session.run(None, {name: part.numpy() for name, part in rows.items()})[0] for rows in batches]
+        differences = [abs(a - b).max().item() for a, b in zip(ours, theirs)]
+    except Exception as error:  # of classes that the packages do not publish
+        raise UserError(f"onnxruntime cannot run the exported file ({first_line(error)}); {advice}") from error
+    largest = max(1.0, *(abs(part).max().item() for part in ours))
+    if not all(difference <= tolerance * largest for difference in differences):
+        raise UserError(f"onnxruntime computes something else than PyTorch from the exported file; {advice}")
+    return max(differences)
