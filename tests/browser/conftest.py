@@ -46,7 +46,11 @@ def address(site) -> Iterator[str]:
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_):  # the page breaks downloads off when one of them fails
+            pass
+
+    with Server(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
