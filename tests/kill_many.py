@@ -4,9 +4,9 @@
     python tests/kill_many.py --kills 200 --log tensorboard          # and the event file is metrics.csv, with the grids
 
 A kill comes after a random time, or at a random moment of a save: half-way through the bytes of a checkpoint, of an
-image or of a line of metrics.csv, or just before or after a file is synced or renamed. Every run must end with the
-files of the undisturbed one: the same weights, EMA, optimizer and everything else in its checkpoints, to the last bit,
-and the same bytes in metrics.csv and in the images.
+image, of the run's page or of a line of metrics.csv, or just before or after a file is synced or renamed. Every run
+must end with the files of the undisturbed one: the same weights, EMA, optimizer and everything else in its checkpoints,
+to the last bit, and the same bytes in metrics.csv and in the images. After every kill the run's page must be whole.
 
 POSIX only: each life is a fork of this process, which has imported everything already, so it costs part of a second.
 """
@@ -44,8 +44,8 @@ from utils.checkpoint import load_checkpoint  # noqa: E402
 FLAGS = ("--data critters --num_critters 10 --image_size 8 --width 8 --groups 4 --multipliers 1 2 --blocks 1 "
          "--epochs 8 --batch_size 4 --num_samples 4 --sample_steps 2 --timesteps 50 --device cpu --precision fp32 "
          "--dropout 0.1 --sample_every 4 --milestone_every 2 --keep 2 --save_every 0").split()
-MOMENTS = ("any time", "half a checkpoint", "half an image", "half a line", "before a sync", "after a sync",
-           "before a rename", "after a rename")
+MOMENTS = ("any time", "half a checkpoint", "half an image", "half a page", "half a line", "before a sync",
+           "after a sync", "before a rename", "after a rename")
 HALF_A_RECORD = "half a record"  # of the event file
 
 
@@ -60,7 +60,8 @@ def arm(moment: str, chance: random.Random, seconds: float) -> None:
         threading.Timer(seconds * chance.random(), die).start()
         return
     writers = {"half a checkpoint": (torch, "save"), "half an image": (Image.Image, "save"),  # loss curves and grids
-               "half a line": (RunDir, "_append_metrics"), HALF_A_RECORD: (event_log, "_append")}
+               "half a page": (Path, "write_text"), "half a line": (RunDir, "_append_metrics"),
+               HALF_A_RECORD: (event_log, "_append")}
     module, name = writers.get(moment, (os, "fsync" if "sync" in moment else "replace"))
     original = getattr(module, name)
     survived = chance.randrange({"half an image": 2, "half a line": 1}.get(moment, 6))
@@ -74,7 +75,7 @@ def arm(moment: str, chance: random.Random, seconds: float) -> None:
             die()
         original(*args, **kwargs)
         if moment.startswith("half"):
-            for written in args:
+            for written in args[:1] if moment == "half a page" else args:
                 if isinstance(written, (str, Path)) or hasattr(written, "fileno"):
                     cut(written)
         die()
@@ -120,7 +121,7 @@ def compare(folder: Path, whole: Path) -> None:
     names = [{path.relative_to(top).as_posix() for path in [*top.glob("outputs/*"), *top.glob("checkpoints/*")]
               if "tfevents" not in path.name} for top in (folder, whole)]
     assert names[0] == names[1], f"{folder} has other files than {whole}: {names[0] ^ names[1]}"
-    for name in names[0] - {"checkpoints/.lock", "outputs/cost.json"}:  # they name the process, and the seconds
+    for name in names[0] - {"checkpoints/.lock", "outputs/cost.json", "outputs/index.html"}:  # process and seconds
         if name.endswith(".pt"):
             assert same(load_checkpoint(folder / name), load_checkpoint(whole / name)), f"{folder / name} differs"
         else:
@@ -142,6 +143,13 @@ def compare_events(folder: Path) -> None:
     grids = [np.asarray(Image.open(io.BytesIO(image.encoded_image_string))) for image in read.Images(event_log.GRIDS)]
     drawn = [np.asarray(Image.open(path)) for path in sorted(outputs.glob("generated_epoch_*.png"))]
     assert len(grids) == len(drawn) and all(map(np.array_equal, grids, drawn)), f"{folder} shows other grids"
+
+
+def check_page(folder: Path) -> None:
+    """Fail if the run's page is not whole."""
+    page = folder / "outputs/index.html"
+    text = page.read_text(encoding="utf-8") if page.exists() else "<!doctype html></html>\n"
+    assert text.startswith("<!doctype html>") and text.endswith("</html>\n"), f"{page} is not whole"
 
 
 def main() -> None:
@@ -169,6 +177,7 @@ def main() -> None:
             begun = (folder / "checkpoints/latest.pt").exists()
             moment = moments[lives % len(moments)] if kills.total() < args.kills else None
             status = live(folder, ["--resume"] if begun else flags, moment, chance, seconds / 6)
+            check_page(folder)
             lives += 1
             unfinished = status == signal.SIGKILL
             if unfinished:

@@ -52,6 +52,8 @@ def test_a_run_resumes_exactly_in_either_stage(loss, number, undisturbed, monkey
         stop_at(patch, loss, number)
         assert call(train, *RUN) == 128 + signal.SIGTERM
     assert Path("checkpoints/latest.pt").exists() == (loss is DiffusionLoss)
+    page = Path("outputs/index.html").read_text()  # of the run: the way to that of its first stage, or its own
+    assert ('http-equiv="refresh"' in page) == (loss is AutoencoderLoss) and 'href="first_stage/index.html"' in page
     assert "continue with: python train.py --resume\n" in capsys.readouterr().out
     assert call(train, "--resume") == 0
     assert_ends_as(undisturbed)
