@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from forward_diffusion import NoiseScheduler
+from models.exact import GaussianDenoiser
 
 MEAN = torch.tensor([[-0.6, -0.2], [0.1, 0.6]], dtype=torch.float64)
 STD = torch.tensor([[0.1, 0.25], [0.5, 0.35]], dtype=torch.float64)
@@ -16,17 +17,15 @@ def exact(scheduler: NoiseScheduler, prediction: str = "eps", mean: torch.Tensor
           ) -> Callable[..., torch.Tensor]:
     """Return the optimal network for those pixels.
 
-    x_t = a x_0 + b eps is Gaussian with mean a `mean` and variance a^2 std^2 + b^2, and its covariances with x_0 and
-    eps are a std^2 and b. So E[x_0 | x_t] and E[eps | x_t] are linear in x_t, and E[v | x_t] follows from them. With
-    labels [B, 1] the mean of an image is `mean` times 1 + its label.
+    With labels [B, 1] the mean of an image is `mean` times 1 + its label.
     """
     def model(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        assert t.shape == (len(x_t),) and (t == t[0]).all()
+        assert t.shape == (len(x_t),)
         abar = scheduler.alpha_bar(t[0].item())
         a, b = abar**0.5, (1 - abar) ** 0.5
         mu = mean.to(x_t) if labels is None else mean.to(x_t) * (1 + labels.to(x_t)[:, :, None, None])
-        deviation = (x_t - a * mu) / (a**2 * std.to(x_t) ** 2 + b**2)
-        x_0, eps = mu + a * std.to(x_t) ** 2 * deviation, b * deviation
+        x_0 = GaussianDenoiser(mu, std, scheduler)(x_t, t)
+        eps = (x_t - a * x_0) / b
         return {"eps": eps, "x0": x_0, "v": a * eps - b * x_0}[prediction]
 
     return model
@@ -54,7 +53,5 @@ def seeded_noise(x_T: torch.Tensor, seed: int = 1) -> Callable[[], torch.Tensor]
 
 
 def flow(scheduler: NoiseScheduler, x_t: torch.Tensor, t: int, s: int) -> torch.Tensor:
-    """Follow the probability flow from t to s: the number of standard deviations from the mean stays the same."""
-    abar_t, abar_s = scheduler.alpha_bar(t), scheduler.alpha_bar(s)
-    std_t, std_s = ((abar * STD**2 + 1 - abar) ** 0.5 for abar in (abar_t, abar_s))
-    return abar_s**0.5 * MEAN + std_s / std_t * (x_t - abar_t**0.5 * MEAN)
+    """Follow the probability flow of those pixels from t to s."""
+    return GaussianDenoiser(MEAN, STD, scheduler).flow(x_t, t, s)

@@ -34,6 +34,8 @@ COMMANDS = {
     "-m tools.check_types": "check_types.txt",
     "-m tools.preview_data": "preview_data.txt",
     "-m tools.plot_forward": "plot_forward.txt",
+    "-m tools.toy": "toy.txt",
+    "-m tools.theory_figures": "theory_figures.txt",
 }
 
 
