@@ -16,9 +16,9 @@ from scripts import ROOT
 
 ROOT_NAMES = {
     "README.md", "DIFFUSION_THEORY.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
-    "requirements-evaluate.txt", "ruff.toml", ".ci", ".github", ".gitignore", "forward_diffusion.py", "unet.py",
-    "reverse_diffusion.py", "train.py", "generate.py", "evaluate.py", "models", "training", "evaluation", "critters",
-    "tools", "utils", "docs", "data", "outputs", "checkpoints", "tests",
+    "requirements-benchmark.txt", "requirements-evaluate.txt", "ruff.toml", ".ci", ".github", ".gitignore",
+    "forward_diffusion.py", "unet.py", "reverse_diffusion.py", "train.py", "generate.py", "evaluate.py", "models",
+    "training", "evaluation", "critters", "tools", "utils", "docs", "data", "outputs", "checkpoints", "tests",
 }
 OPTIONAL_NAMES = {"export.py", "web", "requirements-export.txt", "requirements-tensorboard.txt"}
 IGNORED_NAMES = {".git", "__pycache__", ".venv", "venv", ".pytest_cache", ".ruff_cache"}  # without git to say so

@@ -30,6 +30,8 @@ COMMANDS = {
     "-m tools.train_autoencoder": "train_autoencoder.txt",
     "-m tools.benchmark": "benchmark.txt",
     "-m tools.study": "study.txt",
+    "-m tools.two_halves": "two_halves.txt",
+    "-m tools.race": "race.txt",
     "-m tools.compare_samplers": "compare_samplers.txt",
     "-m tools.check_types": "check_types.txt",
     "-m tools.preview_data": "preview_data.txt",

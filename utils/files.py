@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -88,6 +90,28 @@ def naming(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"could not write {path} ({error.strerror or error}); what stood there before is untouched"
                       ) from error
+
+
+def keep_settings(path: str | Path, settings: dict[str, Any]) -> None:
+    """Write the settings that some long work is begun with; when it is continued, check that they are the same.
+
+    Raises:
+        ValueError: if the file has other settings, or is damaged.
+    """
+    path, settings = Path(path), json.loads(json.dumps(settings))  # as they come back from the file
+    if not path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1) + "\n")
+        return
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: remove {path.parent}, or choose another --name") from error
+    different = [f"--{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+                 for name, value in before.items() if settings.get(name) != value]
+    if different or before.keys() != settings.keys():
+        raise ValueError(f"{path.parent} was begun with {', '.join(different) or 'another version'}: give the same "
+                        f"flags to continue, or another --name")
 
 
 def _sync(path: Path) -> None:

@@ -175,6 +175,15 @@ def save_image(image: Image.Image, path: str | Path, **settings) -> None:
         image.save(temporary, pnginfo=info)
 
 
+def save_images(images: torch.Tensor, folder: str | Path) -> Path:
+    """Write images, uint8 [N, 3, H, W], as 00000.png ..., less those that are there already; return the folder."""
+    folder = Path(folder)
+    for i, image in enumerate(images):
+        if not (folder / f"{i:05d}.png").exists():
+            save_image(to_pil(image), folder / f"{i:05d}.png")
+    return folder
+
+
 def save_gif(frames: Sequence[Image.Image], path: str | Path, seconds: float = 4.0, hold: float = 2.0) -> None:
     """Write an endless GIF that plays for `seconds` and holds its last frame for `hold` more."""
     # One palette for all frames, or colours would flicker: that of some frames side by side.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from tools.study.plan import Job
 from tools.study.results import read_json, write_results
 from training.run_dir import milestones, run_folder
 from utils.files import replacing
+from utils.processes import interrupt_on_sigterm, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMED_OUT = 124  # the exit status of timeout(1)
@@ -41,7 +41,7 @@ def run_jobs(name: str, jobs: Sequence[Job], minutes: float) -> int:
     Returns:
         The exit status: 0, 1 if a job failed, 124 if the time was up, 130 after an interrupt.
     """
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     deadline = time.monotonic() + 60 * minutes if minutes else None
     progress, failed, status = load_progress(name), [], 0
     try:
@@ -95,21 +95,5 @@ def next_command(name: str, job: Job) -> list[str]:
 
 
 def run_script(command: Sequence[str], deadline: float | None) -> int:
-    """Run a script of the repository's root and return its exit status.
-
-    At the deadline, or when this process is interrupted, the script gets SIGTERM, on which a training saves.
-
-    Raises:
-        subprocess.TimeoutExpired: at the deadline.
-    """
-    process = subprocess.Popen([sys.executable, ROOT / command[0], *command[1:]])
-    try:
-        return process.wait(timeout=deadline and max(0.0, deadline - time.monotonic()))
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
-        process.terminate()
-        process.wait()
-        raise
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+    """Run a script of the repository's root and return its exit status; see `run_python`."""
+    return run_python([ROOT / command[0], *command[1:]], deadline)
