@@ -10,9 +10,10 @@ from torch import Tensor
 
 from evaluation import likelihood
 from forward_diffusion import NoiseScheduler
+from models.exact import ExactDenoiser
 from reverse_diffusion import ddim_step, ddpm_step
 
-POINTS = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # a data set of one pixel with two values
+VALUES = torch.tensor([-1.0, 1.0], dtype=torch.float64)  # a data set of one pixel with two values
 GRID = torch.linspace(-9, 9, 6001, dtype=torch.float64)
 SPACING = (GRID[1] - GRID[0]).item()
 
@@ -22,24 +23,23 @@ def amplitudes(scheduler: NoiseScheduler, t: int) -> tuple[float, float]:
     return abar**0.5, (1 - abar) ** 0.5
 
 
-def origins(x: Tensor, a: float, b: float) -> Tensor:
-    """The probability that x_t = x came from each of POINTS, [..., 2]."""
-    return torch.softmax(-((x[..., None] - a * POINTS) ** 2) / (2 * b**2), dim=-1)
-
-
-def log_density(x: Tensor, a: float, b: float) -> Tensor:
-    terms = -((x[..., None] - a * POINTS) ** 2) / (2 * b**2)
-    return terms.logsumexp(-1) - math.log(len(POINTS) * b * math.sqrt(2 * math.pi))
+def best_guess(x: Tensor, a: float, b: float) -> Tensor:
+    """E[x_0 | x_t = x] of the two values."""
+    return torch.tanh(a * x / b**2)
 
 
 def score(x: Tensor, a: float, b: float) -> Tensor:
-    x = x.clone().requires_grad_(True)
-    return torch.autograd.grad(log_density(x, a, b).sum(), x)[0]
+    return (a * best_guess(x, a, b) - x) / b**2
 
 
-def wave(x: Tensor, density: Tensor, k: float, std: float = 0.0) -> complex:
-    """E exp(i k (x + std z)) where x has values [N] at points of GRID with this density: it determines a density."""
-    return ((density * torch.exp(1j * k * x)).sum() * SPACING * math.exp(-((k * std) ** 2) / 2)).item()
+def density(x: Tensor, a: float, b: float) -> Tensor:
+    """p_t(x) of the two values."""
+    return torch.exp(-((x[..., None] - a * VALUES) ** 2) / (2 * b**2)).mean(-1) / (b * math.sqrt(2 * math.pi))
+
+
+def wave(x: Tensor, p: Tensor, k: float, std: float = 0.0) -> complex:
+    """E exp(i k (x + std z)), for points of GRID of density p that have moved to x; all k determine the new density."""
+    return ((p * torch.exp(1j * k * x)).sum() * SPACING * math.exp(-((k * std) ** 2) / 2)).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,48 +47,49 @@ def wave(x: Tensor, density: Tensor, k: float, std: float = 0.0) -> complex:
 
 
 def test_the_squared_error_is_the_unavoidable_one_and_the_distance_from_the_conditional_mean():
-    """For x_t on a grid, with the two origins of each x_t summed."""
+    """For x_t on a grid, summed over both values that each may have come from."""
     a, b = 0.6, 0.8
-    density = log_density(GRID, a, b).exp() * SPACING
-    weight = origins(GRID, a, b) * density[:, None]  # of each pair of x_t and origin
-    eps = (GRID[:, None] - a * POINTS) / b
-    mean = (weight * eps).sum(1) / density
-    guess = torch.sin(GRID)
+    weight = torch.softmax(a * GRID[:, None] * VALUES / b**2, dim=1) * (density(GRID, a, b) * SPACING)[:, None]
+    eps = (GRID[:, None] - a * VALUES) / b
+    mean, guess = -b * score(GRID, a, b), torch.sin(GRID)
     error = (weight * (eps - guess[:, None]) ** 2).sum()
     unavoidable = (weight * (eps - mean[:, None]) ** 2).sum()
-    assert error.item() == pytest.approx((unavoidable + (density * (mean - guess) ** 2).sum()).item(), rel=1e-12)
+    assert error.item() == pytest.approx((unavoidable + (weight.sum(1) * (mean - guess) ** 2).sum()).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("t", [20, 249, 700])
 def test_score_tweedie_and_the_two_values(t):
-    a, b = amplitudes(NoiseScheduler(), t)
-    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
-    probabilities = origins(x, a, b)
-    x_0 = (probabilities * POINTS).sum(-1)
-    eps = (probabilities * (x[:, None] - a * POINTS) / b).sum(-1)
-    torch.testing.assert_close(score(x, a, b), -eps / b)
-    torch.testing.assert_close((x + b**2 * score(x, a, b)) / a, x_0, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.tanh(a * x / b**2), x_0, rtol=0, atol=1e-12)
+    """The closed forms of the two values, used below, are those of `ExactDenoiser`."""
+    scheduler = NoiseScheduler()
+    (a, b), t_batch = amplitudes(scheduler, t), torch.full((9,), t)
+    denoiser = ExactDenoiser(VALUES.view(2, 1, 1, 1), scheduler)
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64).view(9, 1, 1, 1).requires_grad_(True)
+    log_density = denoiser.log_density(x, t_batch)
+    (gradient,) = torch.autograd.grad(log_density.sum(), x)
+    x, x_0 = x.detach(), denoiser(x, t_batch).detach()
+    torch.testing.assert_close(x_0, best_guess(x, a, b), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, score(x, a, b), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient, -scheduler.to_eps(x_0, x, t_batch) / b, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log_density.detach().exp(), density(x.flatten(), a, b))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # one step back
 
 
-@pytest.mark.parametrize("t, s", [(1, 0), (300, 299), (300, 200), (999, 500)])
+@pytest.mark.parametrize("t, s", [(20, 19), (300, 299), (300, 200), (999, 500)])
 def test_mean_and_variance_of_a_step_for_data_that_are_not_gaussian(t, s):
     """q(x_s | x_t) of the two values, by quadrature over x_s; at t = s + 1 also in the form with the score."""
     scheduler, x_t = NoiseScheduler(), torch.tensor([[0.4]], dtype=torch.float64)
     (a, b), (a_s, b_s) = amplitudes(scheduler, t), amplitudes(scheduler, s)
     alpha = (a / a_s) ** 2
-    x_s = a_s * POINTS.mean() + torch.linspace(-1, 1, 40_001, dtype=torch.float64) * (a_s + 8 * b_s)
-    log_product = log_density(x_s, a_s, b_s) - (0.4 - alpha**0.5 * x_s) ** 2 / (2 * (1 - alpha))
-    weight = torch.softmax(log_product, dim=0)
+    x_s = torch.linspace(-1, 1, 40_001, dtype=torch.float64) * (a_s + 8 * b_s)
+    weight = density(x_s, a_s, b_s) * torch.exp(-((0.4 - alpha**0.5 * x_s) ** 2) / (2 * (1 - alpha)))
+    weight /= weight.sum()
     mean = (weight * x_s).sum().item()
     variance = (weight * (x_s - mean) ** 2).sum().item()
 
-    probabilities = origins(x_t.squeeze(0), a, b)
-    x_0 = (probabilities * POINTS).sum(-1, keepdim=True)
+    x_0 = best_guess(x_t, a, b)
     step_mean, std = ddpm_step(scheduler, x_0, x_t, t, s)
     assert mean == pytest.approx(step_mean.item(), rel=1e-6)
     coefficient = a_s * (1 - alpha) / (1 - a**2)
@@ -102,8 +103,7 @@ def test_the_uncertainty_left_is_below_that_of_the_best_straight_line():
     """For data of variance 1 or less, and a straight line is best for Gaussians."""
     for t in (5, 100, 400, 900):
         a, b = amplitudes(NoiseScheduler(), t)
-        density = log_density(GRID, a, b).exp() * SPACING
-        left = (density * (1 - ((origins(GRID, a, b) * POINTS).sum(-1)) ** 2)).sum().item()
+        left = (density(GRID, a, b) * (1 - best_guess(GRID, a, b) ** 2)).sum().item() * SPACING
         line = b**2 / (a**2 + b**2)  # variance 1
         assert left < line * (1 + 1e-9) and line == pytest.approx(b**2)
 
@@ -152,12 +152,12 @@ def halving(error) -> float:
 @pytest.mark.parametrize("k", [0.7, 2.0])
 def test_drift_and_shake_change_a_density_as_the_equation_says(k):
     """In waves: multiplied by exp(i k x) and integrated by parts, -(p u)' is i k p u, and p'' is -k^2 p."""
-    density, u = log_density(GRID, 0.6, 0.8).exp(), torch.sin(GRID)
-    before = wave(GRID, density, k)
-    change = ((density * (1j * k * u - k**2 / 2) * torch.exp(1j * k * GRID)).sum() * SPACING).item()
+    p, u = density(GRID, 0.6, 0.8), torch.sin(GRID)
+    before = wave(GRID, p, k)
+    change = ((p * (1j * k * u - k**2 / 2) * torch.exp(1j * k * GRID)).sum() * SPACING).item()
 
     def error(beta: float) -> float:
-        return abs(wave(GRID + beta * u, density, k, beta**0.5) - before - beta * change)
+        return abs(wave(GRID + beta * u, p, k, beta**0.5) - before - beta * change)
 
     assert halving(error) == pytest.approx(4, rel=0.01)
 
@@ -166,13 +166,13 @@ def test_drift_and_shake_change_a_density_as_the_equation_says(k):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
 def test_any_amount_of_noise_leads_to_the_density_of_the_step_before(eta, k):
     a, b = 0.6, 0.8
-    density, gradient = log_density(GRID, a, b).exp(), score(GRID, a, b)
+    p, gradient = density(GRID, a, b), score(GRID, a, b)
 
     def error(beta: float) -> float:
         a_s = a / (1 - beta) ** 0.5
         expected = math.cos(k * a_s) * math.exp(-(k**2) * (1 - a_s**2) / 2)  # of the two values with noise
         moved = GRID + beta / 2 * GRID + (1 + eta**2) / 2 * beta * gradient
-        return abs(wave(moved, density, k, eta * beta**0.5) - expected)
+        return abs(wave(moved, p, k, eta * beta**0.5) - expected)
 
     assert halving(error) == pytest.approx(4, rel=0.02)
 
@@ -184,12 +184,12 @@ def test_a_small_step_of_ddim_is_of_that_family(eta):
         beta = 1 - 0.36 ** (1 / steps)
         scheduler = NoiseScheduler(steps, beta, beta)
         (a, b), (a_s, b_s) = amplitudes(scheduler, steps - 1), amplitudes(scheduler, steps - 2)
-        x_0 = (origins(GRID, a, b) * POINTS).sum(-1)
-        mean, std = ddim_step(scheduler, x_0[:, None], GRID[:, None], steps - 1, steps - 2, eta=eta)
-        mean, density = mean[:, 0], log_density(GRID, a, b).exp()
+        x_t = GRID[:, None]
+        mean, std = ddim_step(scheduler, best_guess(x_t, a, b), x_t, steps - 1, steps - 2, eta=eta)
+        mean, p = mean[:, 0], density(GRID, a, b)
         family = GRID + beta / 2 * GRID + (1 + eta**2) / 2 * beta * score(GRID, a, b)
         expected = math.cos(k * a_s) * math.exp(-((k * b_s) ** 2) / 2)  # of the two values with noise
-        return (mean - family)[GRID.abs() < 3].abs().max().item(), abs(wave(mean, density, k, std) - expected)
+        return (mean - family)[GRID.abs() < 3].abs().max().item(), abs(wave(mean, p, k, std) - expected)
 
     for large, small in zip(errors(500), errors(1000)):
         assert large / small == pytest.approx(4, rel=0.03)
@@ -198,10 +198,10 @@ def test_a_small_step_of_ddim_is_of_that_family(eta):
 @pytest.mark.parametrize("k", [0.7, 2.0])
 def test_langevin_dynamics_leave_the_density_as_it_is(k):
     a, b = 0.6, 0.8
-    density, gradient = log_density(GRID, a, b).exp(), score(GRID, a, b)
+    p, gradient = density(GRID, a, b), score(GRID, a, b)
 
     def error(gamma: float) -> float:
-        return abs(wave(GRID + gamma / 2 * gradient, density, k, gamma**0.5) - wave(GRID, density, k))
+        return abs(wave(GRID + gamma / 2 * gradient, p, k, gamma**0.5) - wave(GRID, p, k))
 
     assert halving(error) == pytest.approx(4, rel=0.02)
 
@@ -230,8 +230,8 @@ def test_guidance_aims_at_the_density_times_the_power_of_a_classifier():
     """The two values are two classes: c is +1. Then p(x | c) is a single Gaussian."""
     a, b, g = 0.6, 0.8, 2.5
     x = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_(True)
-    log_classifier = torch.log(origins(x, a, b)[:, 1])
-    (gradient,) = torch.autograd.grad((log_density(x, a, b) + g * log_classifier).sum(), x)
+    log_classifier = torch.nn.functional.logsigmoid(2 * a * x / b**2)  # of the value 1
+    (gradient,) = torch.autograd.grad((density(x, a, b).log() + g * log_classifier).sum(), x)
     x = x.detach()
     unconditional, conditional = -b * score(x, a, b), (x - a) / b
     torch.testing.assert_close(unconditional + g * (conditional - unconditional), -b * gradient)
