@@ -45,14 +45,14 @@ MEANINGS: dict[str, Meaning] = {
         "nearest: the yardstick of the literature, with distances after the same fit. Far fewer than 1 % of new images "
         "are called copies by it; it misses copies of images that have a duplicate.",
     ),
-    "copies_guided": Meaning(
-        "copies, at guidance 3", "%", "lower",
-        "As copies, for samples that follow their types with guidance 3, the default of generate.py --types.",
-    ),
     "copies_features": Meaning(
         "copies, by features", "%", "lower",
         "The same for the same pairs, compared by colours and edges at full size instead of pixel by pixel. It misses "
         "more copies, but mistakes fewer plain shapes for copies.",
+    ),
+    "copies_guided": Meaning(
+        "copies, at guidance 3", "%", "lower",
+        "As copies, for samples that follow their types with guidance 3, the default of generate.py --types.",
     ),
     "precision": Meaning(
         "precision", "%", "higher",
@@ -125,7 +125,7 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "membership_auc": Meaning(
         "membership, AUC", "2", "nearer to 0.5",
-        "Probability that a training image is predicted better than an unseen one, at 16 noise levels together and "
+        "Probability that a training image is predicted better than an unseen one, at all noise levels together and "
         "corrected for the amount of detail. 0.5 is chance; 1 means that every training image can be told.",
     ),
     "membership_found": Meaning(
