@@ -30,7 +30,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from training.folder import DATASET_INFO, LABELS_CSV, DataFolder
+from training.folder import DATASET_INFO, LABELS_CSV, METADATA_PARQUET, METADATA_READ, DataFolder
 from training.metadata import (
     FILE_NAME,
     SEPARATORS,
@@ -45,7 +45,6 @@ from utils.errors import printable
 
 # "folders": the names of sub-folders alone. Otherwise a table's path.
 LABEL_SOURCES = ("auto", "none", "folders")
-METADATA_READ = ("metadata.csv", "metadata.jsonl")
 BEFORE_METADATA = "csv_or_folders"  # what "auto" meant for runs from before metadata was read; see utils/checkpoint.py
 
 
@@ -121,8 +120,8 @@ def _from_tables(folder: DataFolder, columns: Sequence[str]) -> Labels | None:
     elif columns and not groups:
         raise LabelError(f"{folder.path} has no {LABELS_CSV}, {' or '.join(METADATA_READ)} with a column "
                          f"{', '.join(map(repr, columns))}: leave out --label_column, or give --labels FILE")
-    elif folder.tables("metadata.parquet") and not groups:
-        raise LabelError(f"{folder.path}/{folder.tables('metadata.parquet')[0]}: parquet is not read here; write the "
+    elif folder.tables(METADATA_PARQUET) and not groups:
+        raise LabelError(f"{folder.path}/{folder.tables(METADATA_PARQUET)[0]}: parquet is not read here; write the "
                          f"table as metadata.csv or metadata.jsonl, or give --labels none")
     for tables in groups:
         try:
