@@ -40,6 +40,7 @@ from evaluation.measure import (
 from evaluation.report import table, write_report
 from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS
+from training.labels import BEFORE_METADATA
 from utils.cli import device_setting, parse, precision_setting, seed_setting, setting
 from utils.device import describe_device, pick_device, pick_precision, use_fast_kernels
 from utils.errors import one_line_errors
@@ -142,17 +143,32 @@ def check_guidance(infos: list[CheckpointInfo], guidance: float) -> None:
 
 
 def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData:
-    """Load the data of the checkpoints, or --data with the labels of --labels."""
+    """Load the data of the checkpoints, or --data with the labels of --labels.
+
+    Raises:
+        DataError, ArchiveError: as `load_data` does.
+        ValueError: the same, and for labels that the checkpoints know nothing of.
+    """
     if not infos:
         image_size = settings.image_size or native_side(settings.samples)
         return load_data(DataSource(settings.data, image_size, label_source="none"), held_out=None)
-    source = common_source(infos)
-    if settings.data and settings.data != source.data:
+    source, held_out = common_source(infos), infos[0].held_out
+    if settings.data and not _same_data(settings.data, source.data):
         source = replace(source, data=settings.data, label_source="auto", label_columns=(), splits="auto")
+        held_out = held_out or None  # the splits of the other folder, if it has any
     if settings.labels or settings.label_column:
-        source = replace(source, label_source=settings.labels or source.label_source,
-                         label_columns=settings.label_column)
-    return load_data(source, infos[0].held_out, infos[0].class_names)
+        if not infos[0].class_names and (settings.labels != "none" or settings.label_column):
+            raise ValueError("the checkpoint knows no types: leave out --labels and --label_column")
+        before = "auto" if source.label_source == BEFORE_METADATA else source.label_source
+        source = replace(source, label_source=settings.labels or before, label_columns=settings.label_column)
+    return load_data(source, held_out, infos[0].class_names)
+
+
+def _same_data(one: str, other: str) -> bool:
+    """Whether both name the critters, or the same folder."""
+    if "critters" in (one, other):
+        return one == other
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settings, device: torch.device,

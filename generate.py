@@ -198,9 +198,9 @@ def plan_interpolation(args: Settings, pipeline: Pipeline, types: tuple[str, ...
 
 def start_from_image(args: Settings, plan: Plan, pipeline: Pipeline) -> None:
     """Start from an image with the noise of a timestep on it (SDEdit, Meng et al. 2022), and keep what a mask says."""
-    image = read_image("--init_image", args.init_image, pipeline.image_size)
+    image, shape = read_image("--init_image", args.init_image, pipeline.image_size)
     if args.mask:
-        redraw = read_mask(args, pipeline.image_size)
+        redraw = read_mask(args.mask, shape, pipeline.image_size)
         plan.inpainting = dict(image=image, redraw=redraw, resample=args.resample or DEFAULT_RESAMPLE)
     strength = choose_strength(args)
     if args.mask and strength == 1:
@@ -214,32 +214,40 @@ def choose_strength(args: Settings) -> float:
     return args.strength or (1.0 if args.mask else DEFAULT_STRENGTH)
 
 
-def read_image(flag: str, path: Path, image_size: int) -> torch.Tensor:
-    """Return an image [3, S, S] in [-1, 1]. Raises ValueError, naming the flag, for a file that cannot be read."""
+def read_image(flag: str, path: Path, image_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """Return an image [3, S, S] in [-1, 1], and width and height of its file in pixels.
+
+    Raises:
+        ValueError: for a file that cannot be read; names the flag.
+    """
     try:
-        return torch.from_numpy(decode_image(path, image_size)).float() / 127.5 - 1
+        return torch.from_numpy(decode_image(path, image_size)).float() / 127.5 - 1, upright_size(path)
     except Exception as error:  # a damaged file can make a decoder raise nearly anything
         raise ValueError(f"cannot read {flag} {path}: {decode_error(error)}") from error
 
 
-def read_mask(args: Settings, image_size: int) -> torch.Tensor:
+def read_mask(path: Path, image_shape: tuple[int, int], image_size: int) -> torch.Tensor:
     """Return the part of --init_image to draw anew, boolean [S, S]: squares of the mask that are white for the most.
+
+    Args:
+        path: of the mask.
+        image_shape: width and height of the file of --init_image in pixels, which the mask must have, too.
+        image_size: S, of the model.
 
     Raises:
         ValueError: for a mask that cannot be read, or does not fit the image.
     """
-    read_image("--mask", args.mask, image_size)  # says what is wrong with the file
-    size, image_shape = upright_size(args.mask), upright_size(args.init_image)
+    mask, size = read_image("--mask", path, min(image_shape))  # cropped as the image is, not scaled yet
     if size != image_shape:
         raise ValueError("--mask {} has {} x {} pixels and --init_image has {} x {}; give a mask of the image's "
-                         "size".format(args.mask, *size, *image_shape))
-    white = read_image("--mask", args.mask, min(size)).mean(dim=0) > 0  # cropped as the image is, not scaled yet
+                         "size".format(path, *size, *image_shape))
+    white = mask.mean(dim=0) > 0
     redraw = F.interpolate(white[None, None].float(), (image_size, image_size), mode="area")[0, 0] >= 0.5
     if not redraw.any():
-        raise ValueError(f"--mask {args.mask} is black wherever the image is used, so nothing would be drawn; make "
+        raise ValueError(f"--mask {path} is black wherever the image is used, so nothing would be drawn; make "
                          f"white what is to be drawn anew")
     if redraw.all():
-        raise ValueError(f"--mask {args.mask} is white wherever the image is used, so nothing would be kept; make "
+        raise ValueError(f"--mask {path} is white wherever the image is used, so nothing would be kept; make "
                          f"black what is to stay, or leave --mask out")
     return redraw
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from evaluation.features import FeatureSpace
 from evaluation.image_statistics import image_statistics
 from evaluation.memorization import CopyThreshold, calibrate_thresholds, find_copies
 from training.dataset import NUM_CRITTERS, DataError, ImageFolder, find_images, held_out_names, load_images
+from training.labels import BEFORE_METADATA
 from utils.archive import ZipMember
 from utils.checkpoint import CheckpointError, load_checkpoint
 from utils.images import decode_image, open_image, read_settings, to_pil
@@ -138,10 +139,11 @@ def common_source(infos: Sequence[CheckpointInfo]) -> DataSource:
     """Return the data set that all checkpoints were trained on.
 
     Raises:
-        ValueError: if they differ in it, or in the images that were held out.
+        ValueError: if they differ in it, in the images that were held out, or in the types.
     """
     sources = [_source_of(info) for info in infos]
-    if any(source != sources[0] for source in sources) or any(info.held_out != infos[0].held_out for info in infos):
+    compared = [(_comparable(source), info.held_out, info.class_names) for source, info in zip(sources, infos)]
+    if any(other != compared[0] for other in compared):
         raise ValueError("the checkpoints were trained on different data; evaluate them one at a time")
     return sources[0]
 
@@ -153,10 +155,16 @@ def _source_of(info: CheckpointInfo) -> DataSource:
             settings["data"], settings["image_size"], settings.get("labels") or "auto",
             settings.get("num_critters", NUM_CRITTERS),
             settings.get("data_seed", settings.get("seed", 0)),  # older trainings drew the critters from their own seed
-            settings.get("label_column", ()), settings.get("splits", "none"),
+            tuple(settings.get("label_column") or ()), settings.get("splits", "none"),
         )
     except KeyError as error:
         raise CheckpointError(f"{info.path} does not say what it was trained on; choose another file") from error
+
+
+def _comparable(source: DataSource) -> DataSource:
+    """Leave out what older checkpoints call otherwise; what they found shows in held-out images and types."""
+    label_source = "auto" if source.label_source == BEFORE_METADATA else source.label_source
+    return replace(source, label_source=label_source, splits="auto")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

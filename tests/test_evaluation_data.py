@@ -1,15 +1,18 @@
 """The data of an evaluation: the training's own images, unseen ones, and samples as the model drew them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import evaluate
 from critters import draw_critters
-from evaluation.data import CheckpointInfo, DataSource, common_source, load_data, load_samples, native_side
+from evaluation.data import CheckpointInfo, DataSource, common_source, load_data, load_samples, native_side, read_info
 from training.dataset import ImageFolder
+from utils.checkpoint import save_checkpoint
 from utils.images import enlarge, save_image, to_pil
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -33,6 +36,41 @@ def test_the_training_seed_does_not_change_the_critters():
     assert common_source(same_data) == DataSource("critters", 16, "auto", 60, splits="none")
     with pytest.raises(ValueError, match="different data"):
         common_source([info(seed=1), info(seed=2)])
+
+
+def saved(path: str, types: tuple[str, ...] = ("fire", "ice"), **settings) -> CheckpointInfo:
+    """What is read of a checkpoint; without `splits` among the settings it is an older one."""
+    save_checkpoint(path, network={}, epoch=1, types=list(types), held_out=[],
+                    config=dict(image_size=16, labels="auto", num_critters=60, data_seed=0) | settings)
+    return read_info(Path(path))
+
+
+def test_an_older_and_a_new_checkpoint_of_the_same_data_are_compared():
+    new = dict(splits="auto", label_column=())
+    for data in ("critters", "folder"):
+        infos = [saved("old.pt", data=data), saved("new.pt", data=data, **new)]
+        common_source(infos)
+        common_source(infos[::-1])
+        for other in (saved("other.pt", ("fire",), data=data, **new), saved("other.pt", data="elsewhere", **new),
+                      saved("other.pt", data=data, **new | dict(label_column=("kind",)))):
+            with pytest.raises(ValueError, match="different data"):
+                common_source([infos[0], other])
+    assert "splits" not in saved("old.pt", data="critters").settings
+
+
+def test_labels_that_are_given_need_a_checkpoint_with_types():
+    for settings in (dict(labels="missing.csv"), dict(label_column=("kind",))):
+        with pytest.raises(ValueError, match="knows no types: leave out --labels"):
+            evaluate.find_data(evaluate.Settings(**settings), [info()])
+    assert len(evaluate.find_data(evaluate.Settings(labels="none"), [info()]).train) == 60
+
+
+def test_a_column_alone_is_looked_for_in_the_metadata_by_an_older_checkpoint_too():
+    for i, pixels in enumerate(critters(2, 0)):
+        save_image(to_pil(pixels), f"folder/{i}.png")
+    Path("folder/metadata.csv").write_text("file_name,label,kind\n0.png,a,ice\n1.png,b,fire\n")
+    data = evaluate.find_data(evaluate.Settings(label_column=("kind",)), [saved("old.pt", data="folder")])
+    assert data.train_labels.tolist() == [[0, 1], [1, 0]]
 
 
 def test_unseen_critters_are_those_of_the_evaluation():

@@ -19,6 +19,8 @@ from training.run_dir import RunDir
 
 pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 RUN = [*TINY, "--log", "tensorboard", "--sample_every", "2", "--epochs", "6", "--num_samples", "2"]
+ALL_GRIDS = {4: "generated_epoch_0002.png", 5: "generated_epoch_0003.png", 8: "generated_epoch_0004.png",
+             12: "generated_epoch_0006.png"}  # of the run in two parts below
 
 
 @pytest.fixture
@@ -76,8 +78,7 @@ def test_the_event_file_is_metrics_csv(logged, monkeypatch):
     monkeypatch.chdir(logged[0])
     assert len(metrics()) == 6 and len(event_files()) == 1
     assert_is_metrics_csv()
-    assert_shows_the_grids({4: "generated_epoch_0002.png", 8: "generated_epoch_0004.png",
-                            12: "generated_epoch_0006.png"})
+    assert_shows_the_grids(ALL_GRIDS)  # the one at the end of the first part as well, which is within an epoch
 
 
 def test_the_settings_are_hparams(logged, monkeypatch):
@@ -111,7 +112,9 @@ def test_after_a_kill_nothing_is_there_twice(logged, seed):
     assert call(train, "--resume", "--max_steps", 0) == 0
     assert len(event_files()) == 1 and (seed > 0 or event_files() != [path])
     assert_is_metrics_csv()
-    grids = {4: "generated_epoch_0002.png", 8: "generated_epoch_0004.png", 12: "generated_epoch_0006.png"}
+    grids = dict(ALL_GRIDS)
+    if seed == 1 and 5 not in {image.step for image in read_back().Images("samples")}:
+        del grids[5]  # the kill took it, and the picture does not say which step of its epoch it is of
     assert_shows_the_grids(grids)
     assert {name: Path("outputs", name).read_bytes() for name in grids.values()} == {
         name: (whole / "outputs" / name).read_bytes() for name in grids.values()}
@@ -214,6 +217,35 @@ def test_settings_that_are_not_text(tensorboard):
     row = dict(epoch=1, step=2, loss=float("nan"))
     event_log.EventLog(Path(), settings, [row], list(row)).rewrite()
     assert np.isnan(read_back(".").Scalars("loss")[0].value)
+
+
+def test_a_damaged_picture_or_name_spoils_no_event_file(tensorboard):
+    Path("events.out.tfevents.x.pokediff").write_text("of somebody else")
+    Path("generated_epoch_0001.png").write_bytes(b"damaged")
+    Image.new("RGB", (4, 4)).save("generated_epoch_0002.png")
+    rows = [dict(epoch=epoch, step=2 * epoch, loss=0.5) for epoch in (1, 2)]
+    log = event_log.EventLog(Path(), {}, rows, list(rows[0]))
+    log.rewrite()
+    log.add_grid(2, Path("generated_epoch_0001.png"))
+    log.add_grid(4, Path("generated_epoch_0002.png"))  # it is there
+    assert [image.step for image in read_back(str(log.path)).Images("samples")] == [4]
+    assert Path("events.out.tfevents.x.pokediff").read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("error", [KeyError("step"), SyntaxError(), ZeroDivisionError("float division by zero")])
+def test_no_error_of_an_event_file_stops_a_training(tensorboard, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    run = RunDir(train.Config(log="tensorboard"), [], ["epoch", "step", "loss"], new=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(event_log, "_append", fail)
+        for epoch in (1, 2):
+            run.log(dict(epoch=epoch, step=2 * epoch, loss=0.5))
+    run.log(dict(epoch=3, step=6, loss=0.5))
+    warning, again = capsys.readouterr().err.splitlines()
+    assert "training goes on" in warning and (str(error) or "SyntaxError") in warning and "written again" in again
+    assert_is_metrics_csv()
 
 
 def test_only_the_first_process_logs(tensorboard):

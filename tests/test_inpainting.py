@@ -225,6 +225,13 @@ def test_the_kept_pixels_of_the_png_are_those_of_the_image(model, capsys):
     assert np.array_equal(pictures("q")["seed_000001_fire.png"], drawn["seed_000001_fire.png"])
 
 
+def test_decode_image_runs_once_for_each_file(model, monkeypatch):
+    read = []
+    monkeypatch.setattr(generate, "decode_image", lambda path, size: read.append(str(path)) or decode_image(path, size))
+    write_inputs()
+    assert run(model, *INPAINT) == 0 and read == ["image.png", "mask.png"]
+
+
 def test_strength_below_1_keeps_something_of_the_redrawn_part(model):
     """With pure noise, another image there changes nothing; below 1 it does."""
     def drawn(*flags):
@@ -253,7 +260,7 @@ def test_a_mask_is_scaled_as_the_image_and_grey_is_white_from_half_on(grey, whit
     expected[slice(*rows), slice(*columns)] = True
     if white == (11, 1, 29, 19):  # a quarter of each corner is white
         expected[[0, 0, 9, 9], [3, 12, 3, 12]] = False
-    redraw = generate.read_mask(generate.Settings(init_image=Path("image.png"), mask=Path("mask.png")), 16)
+    redraw = generate.read_mask(Path("mask.png"), (40, 32), 16)
     assert redraw.equal(expected)
 
 

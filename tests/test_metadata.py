@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 from training.dataset import DataError, ImageFolder
 from training.folder import DataFolder
-from training.labels import BEFORE_METADATA, find_labels
+from training.labels import BEFORE_METADATA, LabelError, find_labels
 
 
 def write_images(folder: Path, *names: str) -> None:
@@ -77,6 +78,29 @@ def test_numbers_have_the_names_that_dataset_info_gives_them(folder):
         ImageFolder(folder, 16)
     (folder / "dataset_info.json").write_text("[not JSON")  # says nothing
     assert types_in(folder) == [("2",), (), ()]
+
+
+def test_a_table_that_is_given_has_the_names_of_classes_that_it_has_if_found(folder, tmp_path):
+    """dataset_info.json may lie in the outermost folder, and a table may be a link, as in Hugging Face's cache."""
+    info = {"features": {"label": {"names": ["fire", "ice"], "_type": "ClassLabel"}}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    (tmp_path / "blob").write_text("file_name,label\n3.png,1\n")
+    try:
+        (folder / "deep/metadata.csv").symlink_to(tmp_path / "blob")
+    except OSError:  # Windows may not allow it
+        (folder / "deep/metadata.csv").write_bytes((tmp_path / "blob").read_bytes())
+    assert types_in(folder) == types_in(folder, str(folder / "deep/metadata.csv")) == [(), (), ("ice",)]
+    (folder / "deep/mine.csv").write_text("file_name,label\n3.png,0\n")
+    assert types_in(folder, str(folder / "deep/mine.csv")) == [(), (), ("fire",)]
+
+
+def test_to_what_the_names_in_a_table_are_relative(folder, tmp_path):
+    (tmp_path / "mine.csv").write_text("file_name,label\nimages/1.png,a\n")
+    with pytest.raises(LabelError, match=re.escape(f"relative to {folder}")):
+        types_in(folder, str(tmp_path / "mine.csv"))
+    (folder / "deep/metadata.csv").write_text("file_name,label\ndeep/3.png,a\n")
+    with pytest.raises(LabelError, match="relative to the table's own folder"):
+        types_in(folder)
 
 
 def test_which_columns_hold_the_labels(folder):

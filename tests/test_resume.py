@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from scripts import FEW_STEPS, ROOT, TINY, assert_one_line, assert_same_run, cal
 import generate
 import train
 from training import loss
+from training.config import settle
+from training.labels import BEFORE_METADATA
 from training.step import learning_rate
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -166,6 +169,22 @@ def rewrite(path: str, change: Callable[[dict], object]) -> None:
     del content["format"]
     change(content)
     save_checkpoint(path, **content)
+
+
+def test_flags_that_a_run_from_before_metadata_does_not_have():
+    settings = asdict(train.Config(data="images"))
+    for name in ("splits", "label_column"):
+        del settings[name]
+    save_checkpoint("old.pt", config=settings)
+    old = load_checkpoint("old.pt")
+    assert settle({"labels": "auto"}, old, train.Config) == settle({}, old, train.Config)
+    assert settle({"labels": "auto"}, old, train.Config).labels == BEFORE_METADATA
+    with pytest.raises(ValueError, match=r"has --label_column \(none\): leave"):
+        settle({"label_column": ("types",)}, old, train.Config)
+    with pytest.raises(ValueError, match="has --labels auto: leave"):
+        settle({"labels": "folders"}, old, train.Config)
+    del old["config"]["clip_grad"]  # whatever setting comes next
+    assert settle({"clip_grad": train.Config.clip_grad}, old, train.Config) == settle({}, old, train.Config)
 
 
 def test_a_setting_that_an_older_run_does_not_have_takes_its_default(trained):

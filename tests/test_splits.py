@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 from scripts import TINY, assert_one_line, assert_same_run, call
 
+import evaluate
 import train
-from evaluation.data import DataSource, common_source, load_data, read_info
+from evaluation.data import CheckpointInfo, DataSource, common_source, load_data, read_info
 from tools import preview_data, train_autoencoder
 from training.dataset import ImageFolder, held_out_names
 from training.distributed import DistEnv
@@ -105,6 +106,17 @@ def test_samples_without_a_checkpoint_are_compared_with_the_splits(images):
     data = load_data(DataSource("images", 16), held_out=None)
     assert len(data.train) == 5 and len(data.unseen) == 3
     assert len(load_data(DataSource("images", 16, splits="none"), held_out=None).unseen) == 0
+
+
+def test_the_splits_of_another_folder_than_the_training_s(images):
+    """Of the training's own folder, a checkpoint that held nothing out has seen all."""
+    info = CheckpointInfo(Path("a.pt"), 1, dict(data="own", image_size=16), (), ())
+    other = evaluate.find_data(evaluate.Settings(data="images"), [info])
+    assert len(other.train) == 5 and len(other.unseen) == 3
+    images.rename("own")
+    for data in (None, "own", "./own/", str(Path("own").resolve())):
+        own = evaluate.find_data(evaluate.Settings(data=data), [info])
+        assert len(own.train) == 8 and len(own.unseen) == 0
 
 
 def test_other_commands_see_the_same(images, capsys):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from training.augment import AUGMENT_MODES
 from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
 from training.event_log import LOGS, check_tensorboard
+from training.labels import BEFORE_METADATA
 from training.run_dir import find_first_stage, find_run
 from training.splits import SPLIT_SETTINGS
 from utils.cli import (
@@ -148,8 +149,10 @@ def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_clas
         ValueError: for a value out of range, or one that would make the run to resume another run.
     """
     if checkpoint is not None:
-        before = checkpoint["config"]
-        wrong = [f"--{name} {before[name]}" for name in given
+        before = {declared.name: declared.default for declared in fields(config_class)} | checkpoint["config"]
+        if given.get("labels") == "auto" and before["labels"] == BEFORE_METADATA:  # which is what auto was called then
+            given = {**given, "labels": BEFORE_METADATA}
+        wrong = [f"--{name} {_typed(before[name])}" for name in given
                  if name not in MAY_CHANGE_ON_RESUME and given[name] != before[name]]
         if wrong:
             raise ValueError(f"the run to resume has {', '.join(wrong)}: leave these flags out, or start another run")
@@ -164,6 +167,13 @@ def settle(given: dict[str, Any], checkpoint: dict[str, Any] | None, config_clas
     if config.log == "tensorboard":
         check_tensorboard()
     return config
+
+
+def _typed(value: Any) -> str:
+    """Return a setting as it is typed after its flag."""
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "(none)"
+    return "auto" if value == BEFORE_METADATA else str(value)
 
 
 @contextlib.contextmanager

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
+from training.grids import GRID_NAME, read_grid
 from utils.errors import printable
 from utils.files import replacing
 
@@ -28,9 +29,9 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
 
 LOGS = ("none", "tensorboard")
-GRID_NAME = "generated_epoch_{:04d}.png"
 GRIDS = "samples"  # tag of the grids
-FILES = "*events.out.tfevents.*.pokediff"  # those of other programs in the folder are theirs
+# Event files of runs, and what a kill left of one; those of other programs in the folder are theirs.
+FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.pokediff|\.events\.out\.tfevents\.\d+\.tmp\.pokediff")
 
 
 def check_tensorboard() -> None:
@@ -50,32 +51,38 @@ class EventLog:
         settings: of the run.
         history: rows of metrics.csv; the list that the run adds to.
         columns: their names.
+        step: steps that are done; later grids in the folder are from before a kill.
 
     Every method raises OSError if the file cannot be written; the next call then writes all of it anew.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], history: list[dict], columns: Sequence[str]):
+    def __init__(self, folder: Path, settings: dict[str, Any], history: list[dict], columns: Sequence[str],
+                 step: int = 0):
         self.folder, self.settings, self.history, self.columns = folder, settings, history, columns
+        self.step = step
+        self.grid_steps: set[int] = set()  # of the grids in the file
         self.path: Path | None = None  # once it is whole
 
     def rewrite(self) -> None:
-        """Write the file anew, with all of the history, and the grids up to its end."""
-        old = sorted(self.folder.glob(FILES))
-        last_step = self.history[-1]["step"] if self.history else 0
-        times, grids = _read_back(old, last_step)
-        newest = max((int(path.name.split(".")[-2]) for path in old if not path.name.startswith(".")), default=0)
+        """Write the file anew, with all of the history, and the grids so far that can be read."""
+        found = {path: FILE.fullmatch(path.name) for path in self.folder.iterdir()}
+        old = sorted(path for path, match in found.items() if match)
+        # A run may have ended, with a grid, within an epoch.
+        times, grids = _read_back(old, max(self.step, self.history[-1]["step"] if self.history else 0))
+        newest = max((int(found[path][1]) for path in old if found[path][1]), default=0)
         path = self.folder / f"events.out.tfevents.{max(int(time.time()), newest + 1):010d}.pokediff"
         for row in self.history:
-            picture = self.folder / GRID_NAME.format(row["epoch"])
-            if row["step"] not in grids and picture.exists():
-                grids[row["step"]] = _grid_event(row["step"], picture)
+            if row["step"] not in grids:
+                event = _grid_event(row["step"], self.folder / GRID_NAME.format(row["epoch"]))
+                if event is not None:
+                    grids[row["step"]] = event
         with replacing(path) as temporary:
             temporary.unlink(missing_ok=True)  # a kill may have left it
             _append(temporary, _head(self.settings, self.columns))
             _append(temporary, (event for row in self.history
                                 for event in self._row_events(row, times.get(row["step"], time.time()))))
             _append(temporary, (grids[step] for step in sorted(grids)))
-        self.path = path
+        self.path, self.grid_steps = path, set(grids)
         for other in old[:-1]:
             other.unlink(missing_ok=True)
         for other in old[-1:]:  # a TensorBoard goes on to the next file from an empty one, not from none
@@ -83,18 +90,21 @@ class EventLog:
 
     def add_row(self, row: dict) -> None:
         """Add a row of metrics.csv, which is in the history already."""
+        self.step = row["step"]
         if self.path is None:
             self.rewrite()
             return
         self._add(self._row_events(row, time.time()))
 
     def add_grid(self, step: int, picture: Path) -> None:
-        """Add a sample grid."""
+        """Add a sample grid, unless it is there or cannot be read."""
+        self.step = step
         if self.path is None:
             self.rewrite()
-            if self.history and self.history[-1]["step"] == step:
-                return  # it is there
-        self._add([_grid_event(step, picture)])
+        event = None if step in self.grid_steps else _grid_event(step, picture)
+        if event is not None:
+            self._add([event])
+            self.grid_steps.add(step)
 
     def _add(self, events: Iterable[Event]) -> None:
         path, self.path = self.path, None  # in case that it fails, and leaves half a record
@@ -127,12 +137,15 @@ def _head(settings: dict[str, Any], columns: Sequence[str]) -> Iterator[Event]:
         yield Event(wall_time=now, summary=part)
 
 
-def _grid_event(step: int, picture: Path) -> Event:
+def _grid_event(step: int, picture: Path) -> Event | None:
+    """Return a sample grid as an event; None for one that cannot be read."""
     from tensorboard.compat.proto.event_pb2 import Event
     from torch.utils.tensorboard import summary
 
-    with Image.open(picture) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    image = read_grid(picture)
+    if image is None:
+        return None
+    pixels = np.asarray(image)
     return Event(step=step, wall_time=picture.stat().st_mtime, summary=summary.image(GRIDS, pixels, dataformats="HWC"))
 
 

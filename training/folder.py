@@ -13,7 +13,9 @@ from utils.errors import UserError
 from utils.images import SUFFIXES
 
 LABELS_CSV = "labels.csv"  # in the outermost folder
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of Hugging Face's imagefolder, in any folder
+# Of Hugging Face's imagefolder, in any folder.
+METADATA_READ = ("metadata.csv", "metadata.jsonl")
+METADATA_PARQUET = "metadata.parquet"  # not read, but noticed
 DATASET_INFO = "dataset_info.json"  # where Hugging Face's datasets keeps the names of classes
 
 
@@ -64,7 +66,8 @@ def is_image(name: str) -> bool:
 
 
 def _is_read(name: str) -> bool:
-    return is_image(name) or name == LABELS_CSV or name.rsplit("/", 1)[-1] in (*METADATA, DATASET_INFO)
+    return is_image(name) or name == LABELS_CSV or name.rsplit("/", 1)[-1] in (
+        *METADATA_READ, METADATA_PARQUET, DATASET_INFO)
 
 
 def _walk(root: Path) -> dict[str, Path]:

@@ -24,13 +24,13 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from training.folder import DATASET_INFO, LABELS_CSV, DataFolder
+from training.folder import DATASET_INFO, LABELS_CSV, METADATA_PARQUET, METADATA_READ, DataFolder
 from training.metadata import (
     FILE_NAME,
     SEPARATORS,
@@ -45,7 +45,6 @@ from utils.errors import printable
 
 # "folders": the names of sub-folders alone. Otherwise a table's path.
 LABEL_SOURCES = ("auto", "none", "folders")
-METADATA_READ = ("metadata.csv", "metadata.jsonl")
 BEFORE_METADATA = "csv_or_folders"  # what "auto" meant for runs from before metadata was read; see utils/checkpoint.py
 
 
@@ -121,8 +120,8 @@ def _from_tables(folder: DataFolder, columns: Sequence[str]) -> Labels | None:
     elif columns and not groups:
         raise LabelError(f"{folder.path} has no {LABELS_CSV}, {' or '.join(METADATA_READ)} with a column "
                          f"{', '.join(map(repr, columns))}: leave out --label_column, or give --labels FILE")
-    elif folder.tables("metadata.parquet") and not groups:
-        raise LabelError(f"{folder.path}/{folder.tables('metadata.parquet')[0]}: parquet is not read here; write the "
+    elif folder.tables(METADATA_PARQUET) and not groups:
+        raise LabelError(f"{folder.path}/{folder.tables(METADATA_PARQUET)[0]}: parquet is not read here; write the "
                          f"table as metadata.csv or metadata.jsonl, or give --labels none")
     for tables in groups:
         try:
@@ -149,11 +148,13 @@ def _from_file(path: Path, folder: DataFolder, columns: Sequence[str]) -> Labels
         raise LabelError(f"{path}: parquet is not read here; write the table as .csv or .jsonl")
     if not _has_metadata_format(path):
         return Source(str(path), str(path), _by_image(read_labels(path, columns), path, folder)).labels(folder)
-    parent, root = path.expanduser().resolve().parent, folder.path.resolve()
-    inside = parent.relative_to(root).as_posix() if parent.is_relative_to(root) else ""
-    info = parent / DATASET_INFO
-    class_names = read_class_names(info.read_bytes()) if info.is_file() else {}
-    table = Table(str(path), inside, lambda: open(path.expanduser(), "rb"), class_names)
+    file, root = path.expanduser().parent.resolve() / path.name, folder.path.resolve()
+    open_file = functools.partial(open, file, "rb")
+    if file.is_relative_to(root):  # also under a name that `DataFolder` does not list
+        table = replace(_table(folder, file.relative_to(root).as_posix()), path=str(path), open=open_file)
+    else:
+        info = file.parent / DATASET_INFO
+        table = Table(str(path), "", open_file, read_class_names(info.read_bytes()) if info.is_file() else {})
     source = _metadata([table], folder, columns)
     if source is None:
         raise LabelError(f"{path} has no column of labels: name one with --label_column")
@@ -195,8 +196,9 @@ def _metadata(tables: Sequence[Table], folder: DataFolder, columns: Sequence[str
         return None
     strangers = sorted(metadata.types.keys() - set(folder.images))
     if len(strangers) == len(metadata.types):
+        base = "the table's own folder" if any(table.folder for table in tables) else folder.path
         raise LabelError(f"{path}{more} names none of the images in {folder.path}, but {strangers[0]}: '{FILE_NAME}' "
-                         f"must hold their paths, relative to the table's own folder")
+                         f"must hold their paths, relative to {base}")
     if strangers:
         print(f"warning: {printable(path)}{more} names files that are not among the images in "
               f"{printable(folder.path)}: {len(strangers)}, such as {printable(strangers[0])}", file=sys.stderr)

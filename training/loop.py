@@ -66,7 +66,7 @@ def training_loop(
     dataset, dist, timetable = run_images.dataset, step.dist, Timetable(config, len(run_images.dataset))
     number = start_or_resume(config, step, timetable, checkpoint)
     run = RunDir(config, checkpoint["history"] if checkpoint else [], [*COLUMNS, *measured], new=checkpoint is None,
-                 is_main=dist.is_main)
+                 is_main=dist.is_main, step=number)
     writer = Writer(config, run_images, step, draw_grid, content, run, timetable, stage)
     print_plan(config, run_images, step, timetable, run)
     dist.init(step.device)

@@ -29,6 +29,8 @@ from utils.device import peak_memory
 from utils.files import replacing
 
 RETRY_SECONDS = 60  # after a save that failed
+Errors = type[Exception] | tuple[type[Exception], ...]
+WRITE_ERRORS = (OSError, torch.OutOfMemoryError)  # a full or failing disk; a grid that needs too much memory
 FIRST_STAGE = "first_stage"  # sub-folder of a run that trains an autoencoder first
 
 # What latest.pt holds besides the settings.
@@ -172,6 +174,7 @@ class RunDir:
         columns: of metrics.csv.
         new: this run does not resume another.
         is_main: otherwise nothing is written.
+        step: steps that are done.
 
     Attributes:
         outputs, checkpoints: the folders.
@@ -179,7 +182,8 @@ class RunDir:
         stop: true once SIGINT or SIGTERM came.
     """
 
-    def __init__(self, config: Any, history: list[dict], columns: Sequence[str], new: bool, is_main: bool = True):
+    def __init__(self, config: Any, history: list[dict], columns: Sequence[str], new: bool, is_main: bool = True,
+                 step: int = 0):
         self.outputs, self.checkpoints = (run_folder(top, config.run_name) for top in ("outputs", "checkpoints"))
         self.history, self.columns, self.is_main = history, list(columns), is_main
         self.batch_size, self.save_seconds = config.batch_size, 60 * config.save_every
@@ -193,7 +197,7 @@ class RunDir:
             self.write("metrics.csv", self._write_metrics)
         self.events = None
         if is_main and config.log == "tensorboard":
-            self.events = EventLog(self.outputs, asdict(config), self.history, self.columns)
+            self.events = EventLog(self.outputs, asdict(config), self.history, self.columns, step)
             self._log_event(self.events.rewrite)
         self.began, self.spent, self.peak = time.monotonic(), 0.0, 0
         if not new:
@@ -242,25 +246,29 @@ class RunDir:
             self._log_event(lambda: self.events.add_grid(step, self.outputs / name))
 
     def _log_event(self, write: Callable[[], None]) -> None:
-        self._try(self.outputs / "events.out.tfevents", write)
+        self._try(self.outputs / "events.out.tfevents", write, errors=Exception)
 
-    def write(self, name: str, draw: Callable[[Path], None]) -> None:
-        """Have `draw` write a file of outputs/, which appears under its name when it is whole."""
+    def write(self, name: str, draw: Callable[[Path], None], errors: Errors = WRITE_ERRORS) -> None:
+        """Have `draw` write a file of outputs/, which appears under its name when it is whole; see `_try`."""
         def write_whole() -> None:
             with replacing(self.outputs / name) as temporary:
                 draw(temporary)
 
-        self._try(self.outputs / name, write_whole)
+        self._try(self.outputs / name, write_whole, errors)
 
-    def _try(self, path: Path, write: Callable[[], None]) -> bool:
-        """Write a file; return whether that worked. A failure is reported once, and so is the next success."""
+    def _try(self, path: Path, write: Callable[[], None], errors: Errors = WRITE_ERRORS) -> bool:
+        """Write a file; return whether that worked. A failure is reported once, and so is the next success.
+
+        `errors` are those that count as failures: for a file that only shows the run, `Exception`, since nothing that
+        is wrong with it may stop a training.
+        """
         if not self.is_main:
             return True
         try:
             write()
-        except (OSError, torch.OutOfMemoryError) as error:
+        except errors as error:
             if path not in self.failing:
-                reason = str(error).splitlines()[0]
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
                 tqdm.write(f"warning: no {path} ({reason}); training goes on", file=sys.stderr)
             self.failing.add(path)
             return False

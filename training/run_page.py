@@ -1,7 +1,7 @@
 """outputs/index.html: a run at a glance, in one file that a browser opens without a server.
 
     page = RunPage(config, run, timetable, about, resume="python train.py --resume")
-    page.update(number)                  # as often as one likes: it takes at most a thousandth of the time
+    page.update(number)                  # as often as one likes: see MAX_SHARE and MAX_WAIT
     page.update(number, "finished")
 
 The layout is in run_page.html. Sample grids are in the page itself, as JPEGs of bounded number and size.
@@ -28,12 +28,14 @@ from PIL import Image
 
 from training.config import TrainingConfig
 from training.curve import draw_curve
+from training.grids import grids, read_grid
 from training.run_dir import FIRST_STAGE, RunDir, milestone_epoch, milestones
 from training.timetable import Timetable
 
 TEMPLATE = Path(__file__).with_name("run_page.html")
 RELOAD_SECONDS = 15
 MAX_SHARE = 1e-3  # of the time of a run that may go into its page
+MAX_WAIT = 60  # seconds without a new page, though a slow disk makes it take more: the page may not seem dead
 MAX_GRIDS, NEWEST = 32, 8  # grids in the page; those that are never left out
 MAX_GRID_BYTES = 70_000  # of a grid in the page: 3 MB for all of them, in base64
 QUALITIES = ((512, 90), (512, 75), (384, 75), (256, 60), (128, 40))  # longest side and JPEG quality, until it fits
@@ -76,9 +78,11 @@ class RunPage:
             self.first, self.began = number, began
             if self.next_page:
                 self.run.write("../index.html", lambda path: path.write_text(FORWARD, "utf-8"))
-        self.run.write("index.html", lambda path: path.write_text(self.render(number, state), "utf-8", "replace"))
+        self.run.write("index.html", lambda path: path.write_text(self.render(number, state), "utf-8", "replace"),
+                       errors=Exception)
         # The first time does not count: it may have had the grids of a resumed run to encode.
-        self.next_update = time.monotonic() + (10 if is_first else (time.monotonic() - began) / MAX_SHARE)
+        seconds = time.monotonic() - began
+        self.next_update = time.monotonic() + (10 if is_first else min(MAX_WAIT, seconds / MAX_SHARE))
 
     # -----------------------------------------------------------------------------------------------------------------
     # parts of the page
@@ -163,8 +167,8 @@ class RunPage:
     def strip(self, number: int, places: dict[int, tuple[float, float]]) -> str:
         """Return the sample grids with their slider: all of them, or those that `thinned` chooses."""
         newest = math.ceil(number / self.timetable.steps_per_epoch)
-        files = {grid_epoch(path): path for path in self.run.outputs.glob("generated_epoch_*.png")}
-        epochs = sorted(epoch for epoch in files if epoch is not None and epoch <= newest)
+        files = grids(self.run.outputs)
+        epochs = [epoch for epoch in files if epoch <= newest]
         frames = []
         for epoch in thinned(epochs):
             source = self.encode(files[epoch], files[epoch].stat().st_mtime_ns)
@@ -225,12 +229,6 @@ class RunPage:
 # sample grids
 
 
-def grid_epoch(path: Path) -> int | None:
-    """Return the epoch in the name of a sample grid; None for other files."""
-    digits = path.stem.removeprefix("generated_epoch_")
-    return int(digits) if digits.isdecimal() else None
-
-
 def thinned(epochs: Sequence[int]) -> list[int]:
     """Choose at most MAX_GRIDS of rising epochs: the first, the newest ones, and of the rest ever fewer.
 
@@ -251,10 +249,8 @@ def encode_grid(path: Path, _: int = 0) -> str:
 
     The second argument is not used: it tells a cache of another version of the file.
     """
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    image = read_grid(path)
+    if image is None:
         return ""
     for side, quality in QUALITIES:
         file = io.BytesIO()

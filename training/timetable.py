@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from training.config import TrainingConfig
-from training.event_log import GRID_NAME
+from training.grids import GRID_NAME
 
 
 class Timetable:

@@ -139,8 +139,10 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
             settings.setdefault("data_seed", settings["seed"])  # critters were drawn from the training's own seed
         if settings.get("compile") == "auto":
             settings["compile"] = "off"
-        if "data" in settings and "splits" not in settings:  # neither splits nor Hugging Face's metadata were read
-            settings["splits"] = "none"
+        if "labels" in settings:
+            settings.setdefault("label_column", ())
+        if settings.get("data", "critters") != "critters" and "splits" not in settings:
+            settings["splits"] = "none"  # neither splits nor Hugging Face's metadata were read
             if settings.get("labels") == "auto":
                 settings["labels"] = "csv_or_folders"  # training.labels.BEFORE_METADATA
     return content
