@@ -148,17 +148,16 @@ class RunPage:
         """Return the curves of loss and further columns, and the place of each epoch in the one of the loss."""
         history = self.run.history
         if not history:
-            return '<h2>Loss</h2><p class="soft">The curve begins with the first whole epoch.</p>', {}
+            return _section("Loss", '<p class="soft">The curve begins with the first whole epoch.</p>'), {}
         epochs, losses = [row["epoch"] for row in history], [float(row["loss"]) for row in history]
         loss_curve, place = draw_curve(epochs, losses, "loss", marker="here")
-        parts = [f"<h2>Loss</h2>{loss_curve}"]
+        sections = [_section("Loss", loss_curve)]
         for column in (name for name in self.run.columns if name not in NOT_DRAWN):
             rows = [(row["epoch"], float(row[column])) for row in history if row.get(column) not in (None, "")]
             if rows:
-                drawing, _ = draw_curve(*zip(*rows), escape(column), log=False)
-                parts.append(f"<h2>{escape(column.upper())}</h2>{drawing}")
+                sections.append(_section(column.upper(), draw_curve(*zip(*rows), escape(column), log=False)[0]))
         places = {epoch: place(epoch, loss) for epoch, loss in zip(epochs, losses) if math.isfinite(loss) and loss > 0}
-        return "".join(parts), places
+        return "".join(sections), places
 
     def strip(self, number: int, places: dict[int, tuple[float, float]]) -> str:
         """Return the sample grids with their slider: all of them, or those that `thinned` chooses."""
@@ -293,6 +292,10 @@ def _command(text: str, *words: str | Path) -> str:
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>{content}</section>"
 
 
 def _rows(rows: dict[str, str]) -> str:
