@@ -44,7 +44,7 @@ def draw_curve(xs: Sequence[float], ys: Sequence[float], name: str, log: bool = 
         y = place(x_axis.low, tick)[1]
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
                      f'<text x="{LEFT - 8}" y="{y + 5}" text-anchor="end">{tick:.4g}</text>')
-    for tick in x_axis.ticks():
+    for tick in (tick for tick in x_axis.ticks() if tick == round(tick)):  # epochs are whole
         x = place(tick, y_axis.low)[0]
         parts.append(f'<line class="rule" x1="{x}" x2="{x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
                      f'<text x="{x}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{tick:,.6g}</text>')

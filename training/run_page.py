@@ -17,7 +17,7 @@ import os
 import shlex
 import string
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from html import escape
 from pathlib import Path
@@ -92,7 +92,7 @@ class RunPage:
         timetable, name = self.timetable, self.config.run_name or "outputs"
         percent = 100 * number // timetable.last_step
         left = self.seconds_left(number) if state == "running" else 0.0
-        curves, places = self.curves()
+        curves, place_of = self.curves()
         refresh = f'<noscript><meta http-equiv="refresh" content="{RELOAD_SECONDS}"></noscript>'
         return self.template.substitute(
             title=escape(f"{percent} % · {name}" if state == "running" else f"{name} · {state}"),
@@ -102,7 +102,7 @@ class RunPage:
             patience=round(1.5 * self.run.save_seconds + 120), left=round(left or 0),
             kind="A diffusion model" if self.is_diffusion else "An autoencoder",
             name=escape(name), heading=HEADINGS[state], note=self.note(state), percent=percent,
-            figures=self.figures(number, state, left), strip=self.strip(number, places),
+            figures=self.figures(number, state, left), strip=self.strip(number, place_of),
             rendering="pixelated" if self.config.image_size <= 64 else "auto", curves=curves,
             checkpoints=self.checkpoints(), commands=self.commands(), settings=self.settings())
 
@@ -148,23 +148,27 @@ class RunPage:
             rows.append(("Skipped steps", f"{skipped:,}", "not finite"))
         return "".join(f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>" for name, value, more in rows)
 
-    def curves(self) -> tuple[str, dict[int, tuple[float, float]]]:
-        """Return the curves of loss and further columns, and the place of each epoch in the one of the loss."""
+    def curves(self) -> tuple[str, Callable[[int], tuple]]:
+        """Return the curves of loss and further columns, and a function from an epoch to its place in the first."""
         history = self.run.history
         if not history:
-            return '<h2>Loss</h2><p class="soft">The curve begins with the first whole epoch.</p>', {}
-        epochs, losses = [row["epoch"] for row in history], [float(row["loss"]) for row in history]
-        loss_curve, place = draw_curve(epochs, losses, "loss", marker="here")
-        parts = [f"<h2>Loss</h2>{loss_curve}"]
+            waiting = _section("Loss", '<p class="soft">The curve begins with the first whole epoch.</p>')
+            return waiting, lambda epoch: ("", "")
+        losses = {row["epoch"]: float(row["loss"]) for row in history}
+        loss_curve, place = draw_curve(list(losses), list(losses.values()), "loss", marker="here")
+        sections = [_section("Loss", loss_curve)]
         for column in (name for name in self.run.columns if name not in NOT_DRAWN):
             rows = [(row["epoch"], float(row[column])) for row in history if row.get(column) not in (None, "")]
             if rows:
-                drawing, _ = draw_curve(*zip(*rows), escape(column), log=False)
-                parts.append(f"<h2>{escape(column.upper())}</h2>{drawing}")
-        places = {epoch: place(epoch, loss) for epoch, loss in zip(epochs, losses) if math.isfinite(loss) and loss > 0}
-        return "".join(parts), places
+                sections.append(_section(column.upper(), draw_curve(*zip(*rows), escape(column), log=False)[0]))
 
-    def strip(self, number: int, places: dict[int, tuple[float, float]]) -> str:
+        def place_of(epoch: int) -> tuple:
+            loss = losses.get(epoch, math.nan)
+            return place(epoch, loss) if math.isfinite(loss) and loss > 0 else ("", "")
+
+        return "".join(sections), place_of
+
+    def strip(self, number: int, place_of: Callable[[int], tuple]) -> str:
         """Return the sample grids with their slider: all of them, or those that `thinned` chooses."""
         newest = math.ceil(number / self.timetable.steps_per_epoch)
         files = grids(self.run.outputs)
@@ -173,7 +177,7 @@ class RunPage:
         for epoch in thinned(epochs):
             source = self.encode(files[epoch], files[epoch].stat().st_mtime_ns)
             if source:
-                x, y = places.get(epoch, ("", ""))
+                x, y = place_of(epoch)
                 frames.append(f'<figure data-epoch="{epoch}" data-x="{x}" data-y="{y}">'
                               f'<a href="{_link(files[epoch].name)}" tabindex="-1">'
                               f'<img src="{source}" alt="sample grid of epoch {epoch}"></a></figure>')
@@ -204,10 +208,11 @@ class RunPage:
 
     def commands(self) -> str:
         """Return what to do with the model, and a link to the report that evaluate.py writes."""
-        folder = self.run.checkpoints
-        model = next((path for path in (folder / "final_model.pt", folder / "latest.pt") if path.exists()), None)
-        if model is None:
+        models = [self.run.checkpoints / name for name in ("latest.pt", "final_model.pt")]
+        models = [path for path in models if path.exists()]
+        if not models:
             return '<p class="soft">A checkpoint is needed first.</p>'
+        model = max(models, key=lambda path: path.stat().st_mtime)  # a run that was prolonged has an old final_model.pt
         if self.next_page:
             return f'<p><a href="{_link(self.next_page)}">The second stage</a> learns its latents.</p>'
         if not self.is_diffusion:
@@ -289,6 +294,10 @@ def _command(text: str, *words: str | Path) -> str:
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{escape(heading)}</h2>{content}</section>"
 
 
 def _rows(rows: dict[str, str]) -> str:
