@@ -87,13 +87,13 @@ def test_a_scribble_becomes_a_creature_and_can_be_kept(page, tmp_path):
 
 
 def test_stop_and_draw_again(page):
-    page.evaluate("location.hash = '#types=ice&n=16&steps=5&seed=1'")
-    text_of(page, "status", "Creature 2 of 16")
+    page.evaluate("location.hash = '#types=ice&n=16&steps=20&seed=1'")
+    text_of(page, "status", "Creature [2-9] of 16")
     page.get_by_role("button", name="Stop").click()
     text = text_of(page, "status", "Stopped")
     page.locator("#thumbnails label").last.click()
     assert "not drawn" in text_of(page, "picture-caption") and page.locator("#save").is_disabled()
-    assert re.fullmatch(r"Stopped: [1-4] of 16 done\.", text)
+    assert re.fullmatch(r"Stopped: [1-9] of 16 done\.", text)
     first = pixels(page, "#thumbnails label:nth-child(1) canvas")
     page.wait_for_timeout(300)
     assert page.locator("#status").inner_text() == text  # it has stopped
