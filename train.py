@@ -63,7 +63,7 @@ class Config(TrainingConfig):
     autoencoder_epochs: int = setting(40, "epochs of an autoencoder of one's own", above=0)
     fixed_augmentations: int = setting(0, "rotations and colour jitters that are made of each image once, before the "
                                           "training, and encoded; for latents with --augment full, to make steps "
-                                          "faster (default: new ones in each step)", least=0)
+                                          "faster; 0: new ones in each step", least=0)
     init: str = setting("", "start from the EMA weights of this checkpoint of the same architecture (default: random "
                             "weights)")
     width: int = setting(64, "channels at the network's first level")
