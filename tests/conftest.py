@@ -26,6 +26,17 @@ def plain_loss_curve(monkeypatch):
     monkeypatch.setattr(RunDir, "draw_loss", lambda run, path: path.write_text(str(run.history)))
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """Undo a command's choice of threads: sums in another order would change the bits of later trainings."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
     """Return a folder in which a tiny training of 3 epochs, 6 steps, was run. Not to be written to."""

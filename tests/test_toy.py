@@ -25,13 +25,6 @@ def ink():
     return load_ink("", 1000, seed=0)
 
 
-@pytest.fixture
-def one_core():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_ink_is_the_dark_part_of_a_drawing(tmp_path, ink):
     assert ink.points.shape == (1000, 2, 1, 1) and on_ink(ink.points, ink) == 1 and copies(ink.points, ink) == 1
     assert ink.points.abs().max() <= ink.reach
@@ -97,7 +90,7 @@ def test_the_way_back_visits_all_timesteps(ink):
     assert states[999] is x_T and on_ink(states[-1], ink) > 0.8
 
 
-def test_a_short_training_finds_the_drawing(ink, one_core):
+def test_a_short_training_finds_the_drawing(ink):
     """After 80 steps, the network draws on ink more often than the rough shape alone would."""
     torch.set_num_threads(1)
     network, loss = train(ink, SCHEDULER, steps=80, seed=0)
