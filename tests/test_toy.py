@@ -101,7 +101,7 @@ def test_a_short_training_finds_the_drawing(ink):
     assert on_ink(states[-1], ink) > 1.3 * on_ink(x_T, ink)
 
 
-def test_the_command_draws_everything(tmp_path, monkeypatch, capsys, one_core):
+def test_the_command_draws_everything(tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(plots, "DPI", 50)
     monkeypatch.setattr(figures, "STEPS", 4)
