@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,3 +61,16 @@ def trained_autoencoder(tmp_path_factory) -> Path:
     from tools import train_autoencoder
 
     return call_in(tmp_path_factory.mktemp("trained_autoencoder"), train_autoencoder, *TINY_AUTOENCODER)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Return playwright's Browser, one for all tests: the system's own Chromium."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("Chromium is not installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shutil
 import signal
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,7 +25,6 @@ from training.timetable import Timetable
 
 pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
 EMPTY_TAGS = {"meta", "link", "img", "input", "br"}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 class Page(HTMLParser):
@@ -274,17 +272,6 @@ def test_a_curve_has_gaps_where_there_is_no_number_and_few_points():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # a browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
-    if not CHROMIUM:
-        pytest.skip("needs Chromium")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

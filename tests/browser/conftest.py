@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import http.server
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,24 +56,11 @@ def address(site) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def browser(site):
-    from playwright.sync_api import sync_playwright
-
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="session")
-def visit(browser, address) -> Callable:
+def visit(address, browser) -> Callable:
     """Return a function that opens the page in a new browser context: (link="", broken={}, ...) -> playwright's Page.
 
     `broken` maps a path to the answer that the server gives instead: bytes, or None for "not found". Its attributes
-    `requests` and `errors` are the addresses that were asked for, and what was written to the console as an error.
+    `requests` and `errors` are the addresses of all requests, and what was written to the console as an error.
     """
     def open_page(link="", broken=None, script=None, **options):
         context = browser.new_context(**{"viewport": dict(width=1000, height=800)} | options)
