@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from critters import TYPES, draw_critters, write_critters
 from models.space import LatentSpace, PixelSpace
@@ -343,6 +344,27 @@ def test_fixed_augmentations_are_encoded_once_each_and_told(dataset):
     assert (labels.any(1) == anew.any(1)).all()
     assert 0.4 < (labels[:, 0] != 0).float().mean() < 0.6 and 0.4 < (labels[:, 1] != 0).float().mean() < 0.6
     assert 0.4 < (version[version < 2] == 1).float().mean() < 0.6
+
+
+class HostData(TorchDispatchMode):
+    """Collects the operations that bring numbers from the host, which a CUDA graph cannot hold."""
+
+    names: tuple[str, ...] = ()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("lift_fresh", "rand", "full", "copy_"):
+            self.names += (name,)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", AUGMENT_MODES)
+def test_a_step_brings_no_numbers_from_the_host_for_encoded_images(dataset, mode):
+    images = encode_dataset(dataset, Latents(), mode, "fp32", num_augmentations=6).images[:4]
+    for _ in range(2):  # the first one keeps what it makes
+        with HostData() as host:
+            to_x_0(images, draw_augmentation(4), mode, Latents(), "fp32")
+    assert host.names == ("rand",)  # of draw_augmentation
 
 
 def test_blank_latents_have_the_shape_of_encoded_ones_and_take_no_memory(dataset):

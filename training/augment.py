@@ -53,7 +53,6 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
         device = images.device if generator is None else generator.device
         augment_rand = torch.rand(len(images), AUGMENT_RAND_DIM, generator=generator, device=device)
     augment_rand = augment_rand.to(images.device, non_blocking=images.is_cuda)
-    rotated, jittered = augment_rand[:, ROTATE] < 0.5, augment_rand[:, JITTER] < 0.5
 
     # Mirror.
     if mode != "none":
@@ -63,6 +62,7 @@ def augment(images: torch.Tensor, generator: torch.Generator | None = None, mode
     # Rotate, change colours.
     augment_labels = describe(augment_rand, mode)
     if mode == "full":
+        rotated, jittered = _is_rotated(augment_rand), _is_jittered(augment_rand)
         x = torch.where(_per_image(rotated), _rotate(x, augment_labels[:, 0] * MAX_ANGLE), x)
         x = torch.where(_per_image(jittered), _jitter(x, augment_labels[:, 1:]), x)
     return 2 * x - 1, augment_labels
@@ -73,13 +73,21 @@ def describe(augment_rand: torch.Tensor, mode: str = "full") -> torch.Tensor:
     amounts = 2 * augment_rand[:, AMOUNTS] - 1
     if mode != "full":
         return torch.zeros_like(amounts)
-    rotated, jittered = augment_rand[:, ROTATE] < 0.5, augment_rand[:, JITTER] < 0.5
+    rotated, jittered = _is_rotated(augment_rand), _is_jittered(augment_rand)
     return amounts * torch.stack([rotated, jittered, jittered, jittered, jittered], dim=1)
 
 
 def is_mirrored(augment_rand: torch.Tensor) -> torch.Tensor:
     """Return which images `augment` mirrors in the modes "flip" and "full", bool [B]."""
     return augment_rand[:, MIRROR] < 0.5
+
+
+def _is_rotated(augment_rand: torch.Tensor) -> torch.Tensor:
+    return augment_rand[:, ROTATE] < 0.5
+
+
+def _is_jittered(augment_rand: torch.Tensor) -> torch.Tensor:
+    return augment_rand[:, JITTER] < 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,10 +116,9 @@ def choose_fixed(augment_rand: torch.Tensor, number: int) -> torch.Tensor:
     Returns:
         Their indices, int64 [B].
     """
-    version = is_mirrored(augment_rand).long() if number > 1 else torch.zeros(len(augment_rand), dtype=torch.long)
-    version = version.to(augment_rand.device)
+    version = is_mirrored(augment_rand).long().clamp(max=number - 1)
     if number > 2:
-        changed = (augment_rand[:, [ROTATE, JITTER]] < 0.5).any(1)
+        changed = _is_rotated(augment_rand) | _is_jittered(augment_rand)
         other = 2 + (augment_rand[:, AMOUNTS.start] * (number - 2)).long().clamp(max=number - 3)
         version = torch.where(changed, other, version)
     return version

@@ -9,6 +9,7 @@ Both losses have these two methods, so the training step does not distinguish th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -86,9 +87,14 @@ def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: P
 
     # Encoded before: choose a version of each.
     number = images.shape[1]
-    versions = fixed_augmentations(mode, number - 2).to(images.device)
+    versions = _fixed_versions(mode, number, images.device)
     version = choose_fixed(augment_rand, number).to(images.device)
     return images[torch.arange(len(images), device=images.device), version].float(), describe(versions[version], mode)
+
+
+@functools.lru_cache(maxsize=8)  # a step copies nothing from the host: a CUDA graph could not be recorded then
+def _fixed_versions(mode: str, number: int, device: torch.device) -> torch.Tensor:
+    return fixed_augmentations(mode, number - 2).to(device)
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> torch.Tensor:
