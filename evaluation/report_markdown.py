@@ -65,9 +65,11 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _run_of(report: dict[str, Any], checkpoint: Path, same_folder: bool) -> dict[str, Any] | None:
-    """Return the figures of a checkpoint in a report; of its name alone if the report lies beside it."""
-    for run in report["runs"]:
-        name = Path(str(run.get("name"))) if isinstance(run, dict) else Path()
-        if name.resolve() == checkpoint.resolve() or same_folder and name.name == checkpoint.name:
-            return run
-    return None
+    """Return the figures of a checkpoint in a report; of its name alone if the report lies beside it.
+
+    Its own path comes first: several checkpoints of a report can have one name.
+    """
+    runs = [(Path(str(run.get("name"))), run) for run in report["runs"] if isinstance(run, dict)]
+    exact = [run for path, run in runs if path.resolve() == checkpoint.resolve()]
+    named = [run for path, run in runs if same_folder and path.name == checkpoint.name]
+    return next(iter([*exact, *named]), None)

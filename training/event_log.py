@@ -24,6 +24,7 @@ import numpy as np
 from training.grids import GRID_NAME, read_grid
 from utils.errors import printable
 from utils.files import replacing
+from utils.packages import optional_package
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -35,12 +36,8 @@ FILE = re.compile(r"events\.out\.tfevents\.(\d+)\.pokediff|\.events\.out\.tfeven
 
 
 def check_tensorboard() -> None:
-    """Raise ValueError if the optional package tensorboard is not installed."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise ValueError("--log tensorboard needs the package tensorboard, which is not installed: pip install -r "
-                         "requirements-tensorboard.txt, or give --log none") from None
+    """Raise UserError if the optional package tensorboard is not installed, or does not work."""
+    optional_package("torch.utils.tensorboard", "--log tensorboard", "requirements-tensorboard.txt")
 
 
 class EventLog:

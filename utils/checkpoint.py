@@ -72,7 +72,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; `python train.py --preset quick` trains one in minutes")
-    package = _safetensors(f"{path}") if path.suffix == ".safetensors" else None
+    package = _safetensors(f"{path}") if path.suffix.lower() == ".safetensors" else None
     try:
         content = _read_archive(path, mmap) if package is None else _read_safetensors(path, package)
     except OSError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torchvision.utils import make_grid
 
@@ -75,7 +75,8 @@ def open_image(path: str | Path | ZipMember) -> Image.Image:
 def upright_size(path: str | Path) -> tuple[int, int]:
     """Return width and height of an image file in pixels, after its EXIF rotation."""
     with open_image(path) as image:
-        return ImageOps.exif_transpose(image).size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
 def decode_error(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from training.grids import grids
 from utils.images import image_grid, save_gif, save_image
 
 GRID_SIDE = 8  # images in a row of a sample grid, and rows
@@ -21,15 +21,14 @@ MIN_IMAGE_SIDE = 64  # smaller images are enlarged
 
 def draw_plots(folder: Path, epochs: Sequence[int]) -> None:
     """Draw stages.png, a row of images for each of these epochs, and training.gif from the grids of a run."""
-    grids = {int(re.fullmatch(r"generated_epoch_(\d+)\.png", path.name)[1]): path
-             for path in sorted(folder.glob("generated_epoch_*.png"))}
-    drawn = [epoch for epoch in epochs if epoch in grids]
+    sheets = grids(folder)
+    drawn = [epoch for epoch in epochs if epoch in sheets]
     if drawn:
-        rows = torch.cat([grid_images(grids[epoch])[:GRID_SIDE] for epoch in drawn])
+        rows = torch.cat([grid_images(sheets[epoch])[:GRID_SIDE] for epoch in drawn])
         sheet = image_grid(rows, GRID_SIDE, _scale(rows), [f"epoch {epoch}" for epoch in drawn])
         save_image(sheet, folder / "stages.png")
-    if len(grids) > 1:
-        frames = [_frame(grid_images(path)[:FRAME_SIDE**2], f"epoch {epoch}") for epoch, path in grids.items()]
+    if len(sheets) > 1:
+        frames = [_frame(grid_images(path)[:FRAME_SIDE**2], f"epoch {epoch}") for epoch, path in sheets.items()]
         save_gif(frames, folder / "training.gif", seconds=FRAME_SECONDS * len(frames))
 
 
