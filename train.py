@@ -83,6 +83,9 @@ class Config(TrainingConfig):
     zero_terminal_snr: bool = setting(False, "make the last timestep pure noise; for predictions v and x0, with "
                                              "uniform loss weighting")
     loss_weighting: str = setting("uniform", "weights of the squared errors of the timesteps", LOSS_WEIGHTINGS)
+    lognormal: tuple[float, ...] = setting((), "mean and deviation of the logarithm of noise over signal, to draw "
+                                               "log-normal noise levels (default: uniform timesteps)",
+                                           kind=float, count=2, metavar=("MEAN", "STD"))
 
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
@@ -117,7 +120,7 @@ PRESETS = {
 }
 
 # The autoencoder of `--autoencoder own`: 8 x 16 x 16 numbers for 3 x 128 x 128.
-OWN_AUTOENCODER = dict(channels=8, multipliers=(1, 2, 4), colour_shortcut=True, kl_weight=1e-4, sample_every=5)
+OWN_AUTOENCODER = dict(channels=8, multipliers=(1, 2, 4), mean_colours=True, kl_weight=1e-4, sample_every=5)
 
 
 def main() -> None:
@@ -185,7 +188,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     # Loss, optimizer and step.
     loss = DiffusionLoss(scheduler, space, config.image_size, precision, augment=config.augment,
                          prediction=config.prediction, loss_weighting=config.loss_weighting,
-                         label_dropout=config.label_dropout)
+                         label_dropout=config.label_dropout, lognormal=config.lognormal)
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
     total_steps = Timetable(config, len(run_images.dataset)).total_steps
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps)
@@ -262,6 +265,8 @@ def check_settings(config: Config, scheduler: NoiseScheduler, space: PixelSpace 
     if config.zero_terminal_snr and config.loss_weighting == "min_snr":
         raise ValueError("--zero_terminal_snr needs --loss_weighting uniform: min_snr gives weight 0 to the last "
                          "timestep, from which sampling starts")
+    if config.lognormal and not config.lognormal[1] > 0:
+        raise ValueError(f"--lognormal needs a deviation above 0, not {config.lognormal[1]:g}")
     if config.fixed_augmentations and not (space.is_latent and config.augment == "full"):
         raise ValueError("--fixed_augmentations is for latents, which it encodes in advance, and for --augment full: "
                          "leave it out")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+DETAIL_DEVIATION = 0.5  # of normalised latents beside mean colours
+
 
 @dataclass
 class AutoencoderConfig:
@@ -22,15 +24,15 @@ class AutoencoderConfig:
     decoder_blocks: int = 2
     groups: int = 8  # of the group normalisations
     channels: int = 4  # of the latents
-    colour_shortcut: bool = False  # the first three channels also carry the mean colour of each square of pixels
+    mean_colours: bool = False  # the first three channels are the mean colours of each square of pixels
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
         sizes = (self.width, self.encoder_blocks, self.decoder_blocks, self.groups, self.channels, *self.multipliers)
         if min(sizes) < 1 or not self.multipliers:
             raise ValueError(f"every size of the autoencoder must be at least 1: {self}")
-        if self.colour_shortcut and self.channels < 3:
-            raise ValueError(f"a colour shortcut needs at least 3 channels, not {self.channels}")
+        if self.mean_colours and self.channels < 3:
+            raise ValueError(f"mean colours need at least 3 channels, not {self.channels}")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be normalised in {self.groups} groups; "
@@ -54,8 +56,10 @@ class Autoencoder(nn.Module):
     the image's own resolution, which keeps it cheap: squares of 2 x 2 pixels become channels at the start, and channels
     become pixels at the end (Shi et al. 2016).
 
-    With `colour_shortcut` the first three channels also carry the mean colour of each factor x factor square, past the
-    encoder and the decoder, which then learn what is missing (a residual, in the manner of DC-AE, Chen et al. 2024).
+    With `mean_colours` the first three channels are the mean colours of each factor x factor square: a small image, as
+    smooth as the large one. They bypass the encoder, which learns what they lack, and the decoder adds to them (a
+    residual, in the manner of DC-AE, Chen et al. 2024). Normalised, the other channels have half the deviation, so that
+    noise hides details before it hides colours.
 
     Shapes:
         images: [B, 3, H, W] in [-1, 1]; H and W multiples of `factor`.
@@ -98,9 +102,9 @@ class Autoencoder(nn.Module):
     def posterior(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and log variance of q(z | image), float32, not normalised."""
         mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
-        if self.config.colour_shortcut:
+        if self.config.mean_colours:
             colours = F.avg_pool2d(images.float(), self.factor)
-            mean = torch.cat([mean[:, :3] + colours, mean[:, 3:]], dim=1)
+            mean = torch.cat([colours, mean[:, 3:]], dim=1)
         return mean, log_variance.clamp(-20, 10)  # keeps its exp finite in the first steps of a training
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +118,7 @@ class Autoencoder(nn.Module):
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the images of latents that are not normalised; neither clipped."""
         images = self.decoder(latents)
-        if self.config.colour_shortcut:
+        if self.config.mean_colours:
             colours = F.interpolate(latents[:, :3].float(), scale_factor=float(self.factor), mode="bilinear")
             images = images.float() + colours
         return images
@@ -131,6 +135,8 @@ class Autoencoder(nn.Module):
         """Set the statistics from posterior means [N, channels, h, w]."""
         self.mean.copy_(means.mean(dim=(0, 2, 3))[:, None, None])
         self.std.copy_(means.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-6))
+        if self.config.mean_colours:
+            self.std[3:] /= DETAIL_DEVIATION
         self.largest.copy_(((means - self.mean) / self.std).abs().max())
 
 

@@ -63,7 +63,7 @@ class LatentSpace:
     """The normalised latents of an autoencoder.
 
     Latents have mean 0 and variance 1 in each channel, and no value beyond `latent_range`, over the images that
-    `measure` saw.
+    `measure` saw; beside mean colours (AutoencoderConfig), the other channels have the deviation DETAIL_DEVIATION.
     """
 
     is_latent = True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from scripts import TINY_AUTOENCODER, assert_one_line, assert_same_run, call, metrics
 from torch import nn
@@ -13,10 +15,11 @@ from torch import nn
 import train
 from models.autoencoder import Autoencoder, AutoencoderConfig
 from models.pipeline import load_space
+from models.space import space_from_state
 from tools import train_autoencoder
 from training.autoencoder import AutoencoderTrainingConfig
 from training.loss import AutoencoderLoss
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.cli import check_ranges
 
 pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
@@ -149,17 +152,43 @@ def test_the_presets_are_within_their_ranges():
         check_ranges(AutoencoderTrainingConfig(**preset))
 
 
-def test_the_colour_shortcut_carries_the_mean_colours_from_the_start():
+def test_mean_colours_bypass_encoder_and_decoder():
     """An untrained autoencoder with it gives an image of one colour back; one without does not."""
     image = torch.tensor([0.9, -0.5, 0.2])[None, :, None, None].expand(1, 3, 32, 32)
-    for shortcut in (True, False):
+    for bypass in (True, False):
         torch.manual_seed(0)
         autoencoder = Autoencoder(AutoencoderConfig(width=8, multipliers=(1, 1, 1), channels=5,
-                                                    colour_shortcut=shortcut))
+                                                    mean_colours=bypass))
         for network in (autoencoder.encoder, autoencoder.decoder):
             nn.init.zeros_(list(network.parameters())[-2])
             nn.init.zeros_(list(network.parameters())[-1])
         error = (autoencoder.decode(autoencoder.encode(image)) - image).abs().max()
-        assert error < 1e-6 if shortcut else error > 0.5
+        assert error < 1e-6 if bypass else error > 0.5
     with pytest.raises(ValueError, match="at least 3 channels"):
-        AutoencoderConfig(channels=2, colour_shortcut=True)
+        AutoencoderConfig(channels=2, mean_colours=True)
+
+
+def test_latents_with_mean_colours_hold_a_small_image_and_quieter_details():
+    torch.manual_seed(0)
+    autoencoder = Autoencoder(AutoencoderConfig(width=8, channels=5, mean_colours=True))
+    images = torch.rand(6, 3, 32, 32) * 2 - 1
+    means = autoencoder.posterior(images)[0]
+    assert means[:, :3].equal(F.avg_pool2d(images, 4))
+    autoencoder.set_normalisation(means)
+    latents = autoencoder.encode(images)
+    assert latents.std(dim=(0, 2, 3)).tolist() == pytest.approx([1, 1, 1, 0.5, 0.5], rel=1e-4)
+    assert latents.abs().max() == autoencoder.largest
+
+
+@pytest.mark.parametrize("shortcut", [False, True])
+def test_an_autoencoder_of_before_mean_colours_is_read_if_it_had_no_other_bypass(shortcut, tmp_path):
+    autoencoder = Autoencoder(AutoencoderConfig(width=8))
+    config = asdict(autoencoder.config) | dict(colour_shortcut=shortcut)
+    del config["mean_colours"]
+    save_checkpoint(tmp_path / "a.pt", autoencoder=dict(config=config, weights=autoencoder.state_dict()))
+    stored = load_checkpoint(tmp_path / "a.pt")["autoencoder"]
+    if shortcut:
+        with pytest.raises(ValueError, match="incomplete autoencoder"):
+            space_from_state(stored)
+    else:
+        assert space_from_state(stored).autoencoder.config == autoencoder.config

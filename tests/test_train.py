@@ -124,6 +124,25 @@ def test_timesteps_stay_in_range_when_float32_rounds_up(monkeypatch):
     assert loss.draw_timesteps(64, 1000, torch.Generator()).max() == 999
 
 
+@pytest.mark.parametrize("schedule, mean, std", [("cosine", 0.0, 1.2), ("cosine", -0.5, 0.8), ("linear", 0.3, 1.0)])
+def test_noise_levels_are_lognormal_and_spread_over_the_batch(schedule, mean, std):
+    scheduler, generator = NoiseScheduler(schedule=schedule), torch.Generator().manual_seed(0)
+    t = torch.stack([loss.draw_lognormal_timesteps(16, scheduler, mean, std, generator) for _ in range(1000)])
+    levels = (1 / scheduler.alphas_cumprod - 1).log()[t] / 2
+    assert levels.mean().item() == pytest.approx(mean, abs=0.01) and levels.std().item() == pytest.approx(std, rel=0.02)
+    assert (levels.diff(dim=1) >= 0).all()  # one in each sixteenth of the distribution
+    far = loss.draw_lognormal_timesteps(16, scheduler, 50.0, 1.0, generator)
+    assert (far == scheduler.num_timesteps - 1).all()
+
+
+def test_lognormal_noise_levels_train_and_need_a_deviation(capsys):
+    assert call(train, *TINY, "--max_steps", 1, "--lognormal", -0.5, 1.2) == 0
+    settings = load_checkpoint("checkpoints/latest.pt")["config"]
+    assert settings["lognormal"] == (-0.5, 1.2)
+    capsys.readouterr()
+    assert_one_line(call(train, *TINY, "--lognormal", 0, 0, "--run_name", "none"), capsys, "deviation above 0")
+
+
 def test_learning_rate():
     config = train.Config(lr=0.1, warmup_steps=4)
     assert [learning_rate(config, step, 100) for step in (0, 1, 3, 4, 99)] == pytest.approx(

@@ -20,7 +20,7 @@ def save_tiny_model(path: Path, types: Sequence[str] = (), *, prediction: str = 
                     latent: bool = False, multipliers: Sequence[int] = (1, 2), **settings) -> Path:
     """Write a model of 16x16 images and 100 timesteps, in pixels or in latents of 4x4."""
     torch.manual_seed(3)
-    sizes = AutoencoderConfig(width=8, groups=4, decoder_blocks=1, colour_shortcut=True)
+    sizes = AutoencoderConfig(width=8, groups=4, decoder_blocks=1, mean_colours=True)
     autoencoder = Autoencoder(sizes) if latent else None
     net = UNet(UNetConfig(channels=autoencoder.channels if latent else 3, width=8, multipliers=tuple(multipliers),
                           blocks=1, groups=4, num_types=len(types)))

@@ -47,8 +47,8 @@ class AutoencoderTrainingConfig(TrainingConfig):
     channels: int = setting(4, "channels of the latents", above=0)
     width: int = setting(32, "channels at the first level, which has half of the image's resolution", above=0)
     multipliers: tuple[int, ...] = setting((1, 2), "of the width, one per level; each level halves the resolution")
-    colour_shortcut: bool = setting(False, "let the first three channels carry the mean colours of each square of "
-                                           "pixels; for three levels or more, which learn no colours without")
+    mean_colours: bool = setting(False, "let the first three channels be the mean colours of each square of pixels; "
+                                        "three levels or more learn no colours without")
     edge_weight: float = setting(1.0, "weight of the edges beside the colours", least=0)
     kl_weight: float = setting(5e-3, "weight of the KL divergence of the latents from a standard normal distribution",
                                least=0)
@@ -57,7 +57,7 @@ class AutoencoderTrainingConfig(TrainingConfig):
     def network(self) -> AutoencoderConfig:
         """The size of the autoencoder."""
         return AutoencoderConfig(width=self.width, multipliers=self.multipliers, channels=self.channels,
-                                 colour_shortcut=self.colour_shortcut)
+                                 mean_colours=self.mean_colours)
 
 
 def train_autoencoder(config: AutoencoderTrainingConfig, checkpoint: dict[str, Any] | None, dist: DistEnv,

@@ -34,12 +34,14 @@ class DiffusionLoss:
     prediction: str = "eps"
     loss_weighting: str = "uniform"
     label_dropout: float = 0.1
+    lognormal: tuple[float, ...] = ()
 
     def draw_randomness(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Draw, for each image, the augmentation [B, 8], timestep [B], noise [B, C, H, W] and keep_label [B, 1]."""
         options = dict(generator=generator, device=generator.device)
         augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)
-        t = draw_timesteps(batch_size, self.scheduler.num_timesteps, generator)
+        t = (draw_lognormal_timesteps(batch_size, self.scheduler, *self.lognormal, generator) if self.lognormal else
+             draw_timesteps(batch_size, self.scheduler.num_timesteps, generator))
         noise = torch.randn(batch_size, *self.space.shape(self.image_size), **options)
         keep_label = torch.rand(batch_size, 1, **options) >= self.label_dropout
         return augment_rand, t, noise, keep_label
@@ -103,9 +105,27 @@ def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generat
     Images come in random order, so each one's timestep is still uniform and the expected loss is unchanged; its
     variance falls (in the manner of Kingma et al. 2021, whose strata share one random offset).
     """
-    u = torch.rand(batch_size, generator=generator, device=generator.device)
-    u = (torch.arange(batch_size, device=generator.device) + u) / batch_size
+    u = _stratified(batch_size, generator)
     return (u * num_timesteps).long().clamp(max=num_timesteps - 1)  # in float32, u can round up to 1
+
+
+def draw_lognormal_timesteps(batch_size: int, scheduler: NoiseScheduler, mean: float, std: float,
+                             generator: torch.Generator) -> torch.Tensor:
+    """Draw timesteps [B], stratified, whose noise levels have a log-normal distribution (Karras et al. 2022, table 1).
+
+    Args:
+        mean, std: of log(sigma / signal), the noise in units of the signal; theirs is in units of 1 instead of their
+            sigma_data = 0.5, so that their mean of -1.2 is -0.5 here.
+    """
+    normal = torch.special.ndtri(_stratified(batch_size, generator))
+    alpha_bar = scheduler.alphas_cumprod.to(normal.device)
+    levels = (1 / alpha_bar - 1).log() / 2  # log(sigma / signal), rising
+    return torch.searchsorted(levels, mean + std * normal).clamp(max=scheduler.num_timesteps - 1)
+
+
+def _stratified(batch_size: int, generator: torch.Generator) -> torch.Tensor:
+    u = torch.rand(batch_size, generator=generator, device=generator.device)
+    return (torch.arange(batch_size, device=generator.device) + u) / batch_size
 
 
 @dataclass

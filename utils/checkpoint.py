@@ -132,9 +132,13 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(content.get("tally"), torch.Tensor) and content["tally"].shape == (4,):
         names = ("loss_sum", "skipped", "skipped_in_a_row", "last_loss")
         content["stats"] = dict(zip(names, content.pop("tally").tolist()))
-    for settings in (content.get("config"), content.get("next_config")):
+    autoencoder = content.get("autoencoder")
+    for settings in (content.get("config"), content.get("next_config"),
+                     autoencoder.get("config") if isinstance(autoencoder, dict) else None):
         if not isinstance(settings, dict):
             continue
+        if settings.get("colour_shortcut") is False:
+            del settings["colour_shortcut"]  # what it was when it was True cannot be had any more
         if "seed" in settings:
             settings.setdefault("data_seed", settings["seed"])  # critters were drawn from the training's own seed
         if settings.get("compile") == "auto":
