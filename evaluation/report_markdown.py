@@ -21,7 +21,7 @@ def find_report(checkpoint: Path) -> Path | None:
     for path in (checkpoint.parent / "report.json", checkpoint.parent / "evaluation/report.json",
                  DEFAULT_FOLDER / "report.json"):
         try:
-            if path.is_file() and _run_of(_read(path), checkpoint, same_folder=path.parent != DEFAULT_FOLDER):
+            if path.is_file() and _run_of(_read(path), path, checkpoint):
                 return path
         except UserError:
             continue  # another program's report.json
@@ -35,10 +35,10 @@ def report_markdown(path: Path, checkpoint: Path) -> str:
         UserError: if there is no report at `path`, or none of this checkpoint.
     """
     report = _read(path)
-    run = _run_of(report, checkpoint, same_folder=True)
+    run = _run_of(report, path, checkpoint)
     if run is None:
-        raise UserError(f"{path} has no figures of a checkpoint named {checkpoint.name}; `python evaluate.py "
-                        f"--checkpoint {checkpoint}` measures it")
+        raise UserError(f"{path} has no figures that are certainly of {checkpoint}; `python evaluate.py --checkpoint "
+                        f"{checkpoint}` measures it")
     try:
         heading, *rows = table_rows(run["figures"])
         lines = [_row(heading), _row(["---"] * len(heading)), *map(_row, rows)]
@@ -64,12 +64,17 @@ def _read(path: Path) -> dict[str, Any]:
     return report
 
 
-def _run_of(report: dict[str, Any], checkpoint: Path, same_folder: bool) -> dict[str, Any] | None:
-    """Return the figures of a checkpoint in a report; of its name alone if the report lies beside it.
+def _run_of(report: dict[str, Any], path: Path, checkpoint: Path) -> dict[str, Any] | None:
+    """Return the run of a checkpoint in the report at `path`; None if it has none that is certainly of it.
 
-    Its own path comes first: several checkpoints of a report can have one name.
+    Its own path comes first. A report beside the checkpoint may have moved with it, and then the file's name is enough;
+    elsewhere it says nothing, nor does one that several runs share: every training ends with a final_model.pt.
     """
     runs = [(Path(str(run.get("name"))), run) for run in report["runs"] if isinstance(run, dict)]
-    exact = [run for path, run in runs if path.resolve() == checkpoint.resolve()]
-    named = [run for path, run in runs if same_folder and path.name == checkpoint.name]
-    return next(iter([*exact, *named]), None)
+    exact = [run for name, run in runs if name.resolve() == checkpoint.resolve()]
+    if exact:
+        return exact[0]
+    folder = checkpoint.resolve().parent
+    beside = path.resolve().parent in (folder, folder / "evaluation")
+    named = [run for name, run in runs if name.name == checkpoint.name]
+    return named[0] if beside and len(named) == 1 else None

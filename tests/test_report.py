@@ -90,7 +90,7 @@ def test_a_report_becomes_markdown_for_the_checkpoint_that_it_measured(own_folde
     assert text.startswith("1,000 samples.\n\n|") and f"- {verdict(honest)[0]}" in text
 
     assert find_report(Path("runs/c.pt")) is None
-    with pytest.raises(Exception, match="no figures of a checkpoint named c.pt"):
+    with pytest.raises(Exception, match="no figures that are certainly of runs/c.pt"):
         report_markdown(path, Path("runs/c.pt"))
     Path("outputs/evaluation").mkdir(parents=True)
     path.rename("outputs/evaluation/report.json")
@@ -98,10 +98,32 @@ def test_a_report_becomes_markdown_for_the_checkpoint_that_it_measured(own_folde
     assert find_report(Path("a.pt")) == Path("outputs/evaluation/report.json")
 
 
+def test_a_report_of_two_checkpoints_of_one_name_gives_each_its_own_figures(own_folder):
+    names = ["checkpoints/a/final_model.pt", "checkpoints/b/final_model.pt"]
+    runs = [_as_dict(measurement(1, (copies, copies, copies), 0.1)) | dict(name=name)
+            for name, copies in zip(names, (0.01, 0.02))]
+    path = Path("outputs/evaluation/report.json")
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(dict(summary="9 samples.", runs=runs)))
+    for name, copies in zip(names, ("1.0 %", "2.0 %")):
+        assert find_report(Path(name)) == path
+        assert f"| copies | {copies}" in report_markdown(path, Path(name))
+        assert f"| copies | {copies}" in report_markdown(path, Path(name).resolve())
+    path.write_text(json.dumps(dict(summary="9 samples.", runs=runs[:1])))
+    with pytest.raises(UserError, match="no figures that are certainly of"):
+        report_markdown(path, Path(names[1]))
+    path.write_text(json.dumps(dict(summary="9 samples.", runs=runs)))
+    Path("checkpoints/c").mkdir(parents=True)
+    path.rename("checkpoints/c/report.json")  # of no checkpoint there
+    assert find_report(Path("checkpoints/c/final_model.pt")) is None
+    with pytest.raises(UserError, match="no figures that are certainly of"):
+        report_markdown(Path("checkpoints/c/report.json"), Path("checkpoints/c/final_model.pt"))
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [{"name": "a.pt"}], "summary": 1}', "[" * 100_000,
                                   '{"runs": [{"name": "a.pt", "figures": {"copies": {"value": "x"}}}]}'])
 def test_a_report_of_something_else_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(UserError, match="report") as refused:
-        report_markdown(tmp_path / "report.json", Path("a.pt"))
+        report_markdown(tmp_path / "report.json", tmp_path / "a.pt")
     assert "\n" not in str(refused.value)
