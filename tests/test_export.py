@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import shlex
 import sys
 import tarfile
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import assert_one_line, call, tree
+from scripts import ROOT, assert_one_line, call, tree
 from tiny_model import save_tiny_model
 
 import export
@@ -188,6 +189,16 @@ def test_a_runtime_that_is_none_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(Exception, match="npm, which is not installed; fetch it elsewhere with `npm pack"):
         web.read_runtime(None)
+
+
+def test_one_version_of_the_runtime_is_fetched_everywhere():
+    found = {}
+    for path in [ROOT / ".ci/run", *ROOT.glob(".github/workflows/*"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"),
+                 ROOT / "tests/browser/conftest.py"]:
+        for name in re.findall(r"npm pack(?: --\S+)* (onnxruntime-web[^\s`)]*)", path.read_text(encoding="utf-8")):
+            found.setdefault(name, set()).add(path.name)
+    assert found == {web.RUNTIME_PACKAGE: {"run", "web_page.md", "conftest.py"}}
+    assert re.fullmatch(r"onnxruntime-web@\d+\.\d+\.\d+", web.RUNTIME_PACKAGE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

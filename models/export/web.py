@@ -20,7 +20,7 @@ from utils.errors import UserError, first_line
 from utils.files import replacing_folder
 
 PAGE = Path(__file__).resolve().parents[2] / "web"
-RUNTIME_PACKAGE = "onnxruntime-web@1"
+RUNTIME_PACKAGE = "onnxruntime-web@1.30.0"  # the version that the page was tried with
 RUNTIME_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 LARGEST_RUNTIME_FILE = 200 * 2**20  # bytes
 

@@ -1,6 +1,6 @@
 """The page in a real browser: Chromium, driven by playwright, on what `export.py --to web` wrote.
 
-    npm pack onnxruntime-web && pip install playwright -r requirements-export.txt
+    npm pack onnxruntime-web@1.30.0 && pip install playwright -r requirements-export.txt
     ONNXRUNTIME_WEB=onnxruntime-web-1.30.0.tgz python -m pytest tests/browser
 
 Chromium is the system's own (`apt-get install chromium`). What is missing is named as the reason for skipping. With
@@ -30,7 +30,7 @@ def site(tmp_path_factory) -> Path:
         pytest.importorskip(package)
     runtime = os.environ.get("ONNXRUNTIME_WEB", "")
     if not Path(runtime).exists() or not runtime:
-        pytest.skip("ONNXRUNTIME_WEB does not name the tarball that `npm pack onnxruntime-web` fetches")
+        pytest.skip("ONNXRUNTIME_WEB does not name the tarball that `npm pack onnxruntime-web@1.30.0` fetches")
     import export
 
     folder = tmp_path_factory.mktemp("web") / "page"
