@@ -23,6 +23,7 @@ from models.export.description import describe
 from models.pipeline import Pipeline
 from training.config import _parse_flags
 from utils.checkpoint import load_checkpoint
+from utils.files import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,7 @@ def test_the_page_is_whole(folder, own_folder, no_graphs, capsys, runtime):
         assert Path("outputs/tiny_web/model/model.onnx").read_text() == f"tiny x_0 True {max_types}"
     assert [path.name for path in Path("outputs").iterdir()] == ["tiny_web"]
     page = {path.name for path in web.PAGE.iterdir() if not path.name.startswith(".")}
-    assert {path.name for path in Path("outputs/tiny_web").iterdir()} == page | {"ort", "model"}
+    assert {path.name for path in Path("outputs/tiny_web").iterdir()} == page | {"ort", "model", MANIFEST}
     assert Path("outputs/tiny_web/index.html").read_bytes() == (web.PAGE / "index.html").read_bytes()
     assert {path.name: path.read_text() for path in Path("outputs/tiny_web/ort").iterdir()} == {
         name: name for name in web.RUNTIME_FILES}
@@ -157,10 +158,19 @@ def test_a_failed_export_leaves_what_stood_there(folder, own_folder, no_graphs, 
     assert tree() == before
 
 
-@pytest.mark.parametrize("kind", ["a folder of something else", "a file", "the page's source"])
+@pytest.mark.parametrize("kind", ["a folder of something else", "a folder with model/ alone", "a changed export",
+                                  "a file", "the page's source"])
 def test_nothing_else_is_overwritten(folder, own_folder, no_graphs, capsys, kind):
     output = Path("mine")
-    if kind == "a file":
+    flags = "--checkpoint", folder / "typed.pt", "--to", "web", "--runtime", folder / "runtime", "--output"
+    if kind == "a folder with model/ alone":
+        Path("mine/model").mkdir(parents=True)
+        Path("mine/model/model.json").write_text("mine")
+    elif kind == "a changed export":
+        assert call(export, *flags, output) == 0
+        Path("mine/style.css").write_text("mine")
+        capsys.readouterr()
+    elif kind == "a file":
         output.write_text("mine")
     elif kind == "the page's source":
         output = web.PAGE / "out"
@@ -168,9 +178,7 @@ def test_nothing_else_is_overwritten(folder, own_folder, no_graphs, capsys, kind
         output.mkdir()
         Path("mine/thesis.txt").write_text("years of work")
     before = tree(), tree(web.PAGE)
-    code = call(export, "--checkpoint", folder / "typed.pt", "--to", "web", "--runtime", folder / "runtime", "--output",
-                output)
-    assert_one_line(code, capsys, "name", "folder")
+    assert_one_line(call(export, *flags, output), capsys, "name", "folder")
     assert (tree(), tree(web.PAGE)) == before
 
 

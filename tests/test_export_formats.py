@@ -19,6 +19,7 @@ from models.export.onnx import halve_weights
 from models.pipeline import Pipeline
 from reverse_diffusion import sample
 from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.files import MANIFEST
 from utils.images import to_uint8
 
 TYPES = ("fire", "ice", "dark")
@@ -226,7 +227,7 @@ def test_the_card_has_a_head_the_figures_and_the_owners(diffusers_folder):
     assert "python train.py --data critters" in body
     files = list((diffusers_folder / "exported").rglob("*"))
     assert {path.name for path in files if path.parent.name == "exported"} == {
-        "README.md", "model_index.json", "unet", "scheduler", "typed_unet", "types.json", "samples.png"}
+        "README.md", "model_index.json", "unet", "scheduler", "typed_unet", "types.json", "samples.png", MANIFEST}
     assert len({path.stat().st_mode for path in files if path.is_file()}) == 1
 
 
@@ -271,6 +272,20 @@ def test_a_safetensors_file_is_a_checkpoint(safetensors_file):
 def test_generate_reads_it(folder, own_folder, safetensors_file):
     assert call(generate, "--checkpoint", safetensors_file, "--num_images", 1, "--steps", 1, "--device", "cpu") == 0
     assert Path("outputs/generated.png").is_file()
+
+
+def test_the_suffix_may_be_in_capitals(folder, own_folder):
+    pytest.importorskip("safetensors")
+    assert call(export, "--checkpoint", folder / "typed.pt", "--to", "safetensors", "--output", "A.SAFETENSORS") == 0
+    assert call(generate, "--checkpoint", "A.SAFETENSORS", "--num_images", 1, "--steps", 1, "--device", "cpu") == 0
+
+
+def test_a_file_that_cannot_be_written_is_named_once(folder, own_folder, capsys):
+    pytest.importorskip("safetensors")
+    Path("file").write_text("mine")
+    code = call(export, "--checkpoint", folder / "typed.pt", "--to", "safetensors", "--output", "file/a.safetensors")
+    assert_one_line(code, capsys, "could not write file/a.safetensors (")
+    assert code.count("a.safetensors") == code.count("could not") == 1 and Path("file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "no metadata", "other metadata", "nested metadata"])

@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+from scripts import tree
 
-from utils.files import naming, replacing, replacing_folder
+from utils.files import MANIFEST, naming, replacing, replacing_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -124,34 +125,42 @@ def test_a_failed_sync_is_an_error_but_not_that_of_the_folder(tmp_path, monkeypa
 # folders
 
 
-def fill(folder: Path, text: str) -> None:
+def write(folder: Path, text: str) -> None:
     (folder / "sub").mkdir(parents=True)
     (folder / "sub/a.txt").write_text(text)
 
 
-@pytest.mark.parametrize("old", [False, True])
+def export(path: Path, text: str) -> None:
+    with replacing_folder(path) as temporary:
+        write(temporary, text)
+
+
+@pytest.mark.parametrize("old", ["none", "an export", "empty"])
 def test_the_new_folder_takes_the_place_of_the_old_one(tmp_path, old):
-    if old:
-        fill(tmp_path / "x", "old")
-    with replacing_folder(tmp_path / "x", names=["sub", "other"]) as temporary:
-        fill(temporary, "new")
-        assert (tmp_path / "x").exists() == old
+    if old == "an export":
+        export(tmp_path / "x", "old")
+    elif old == "empty":
+        (tmp_path / "x").mkdir()
+    with replacing_folder(tmp_path / "x") as temporary:
+        write(temporary, "new")
+        assert (tmp_path / "x/sub/a.txt").exists() == (old == "an export")
     assert (tmp_path / "x/sub/a.txt").read_text() == "new" and names(tmp_path) == ["x"]
+    assert names(tmp_path / "x") == [MANIFEST, "sub"]
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("old", [False, True])
 def test_an_error_leaves_the_old_folder(tmp_path, error, old):
     if old:
-        fill(tmp_path / "x", "old")
-    with pytest.raises(type(error)), replacing_folder(tmp_path / "x", names=["sub"]) as temporary:
-        fill(temporary, "half")
+        export(tmp_path / "x", "old")
+    with pytest.raises(type(error)), replacing_folder(tmp_path / "x") as temporary:
+        write(temporary, "half")
         raise error
     assert names(tmp_path) == ["x"] * old and (not old or (tmp_path / "x/sub/a.txt").read_text() == "old")
 
 
 def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
-    fill(tmp_path / "x", "old")
+    export(tmp_path / "x", "old")
     replace = os.replace
 
     def fail(source, target):
@@ -160,32 +169,81 @@ def test_a_failed_second_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no rename"), replacing_folder(tmp_path / "x", names=["sub"]) as temporary:
-        fill(temporary, "new")
+    with pytest.raises(OSError, match="no rename"):
+        export(tmp_path / "x", "new")
     assert (tmp_path / "x/sub/a.txt").read_text() == "old" and names(tmp_path) == ["x"]
 
 
 def test_what_kills_left_is_cleared_and_an_old_folder_restored(tmp_path):
-    fill(tmp_path / ".x.old", "old")  # a kill between the two renames
-    fill(tmp_path / ".x.tmp", "half")
-    with pytest.raises(ValueError), replacing_folder(tmp_path / "x", names=["sub"]):
+    export(tmp_path / "x", "old")
+    (tmp_path / "x").rename(tmp_path / ".x.old")  # a kill between the two renames
+    write(tmp_path / ".x.tmp", "half")
+    (tmp_path / ".x.tmp" / MANIFEST).touch()
+    with pytest.raises(ValueError), replacing_folder(tmp_path / "x"):
         assert (tmp_path / "x/sub/a.txt").read_text() == "old"
         raise ValueError
     assert names(tmp_path) == ["x"]
 
 
-@pytest.mark.parametrize("other", ["thesis.txt", ".git"])
-def test_a_folder_with_something_else_in_it_is_never_replaced(tmp_path, other):
-    fill(tmp_path / "x", "old")
-    (tmp_path / "x" / other).write_text("mine")
-    with pytest.raises(ValueError, match=f"holds {other}"), replacing_folder(tmp_path / "x", names=["sub"]):
-        pass
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="is a file"), replacing_folder(tmp_path / "file", names=["sub"]):
-        pass
-    assert names(tmp_path) == ["file", "x"] and names(tmp_path / "x") == sorted([other, "sub"])
+def add_to_an_export(path: Path) -> None:
+    export(path, "old")
+    (path / "sub/.mine").write_text("mine")
+
+
+def change_an_export(path: Path) -> None:
+    export(path, "old")
+    (path / "sub/a.txt").write_text("mine")
+
+
+def link_in_an_export(path: Path) -> None:
+    export(path, "old")
+    (path / "sub/a.txt").unlink()
+    write(path.parent / "mine", "old")
+    (path / "sub/a.txt").symlink_to(path.parent / "mine/sub/a.txt")
+
+
+def damage_the_manifest(path: Path) -> None:
+    export(path, "old")
+    (path / MANIFEST).write_text("[")
+
+
+NOT_EXPORTS = {
+    r"holds sub and no pokediff_export\.json": lambda path: write(path, "mine"),
+    r"holds \.git and no": lambda path: (path / ".git").mkdir(parents=True),
+    r"holds sub/\.mine, which": add_to_an_export,
+    r"a\.txt was changed since": change_an_export,
+    r"x/sub/a\.txt was changed": link_in_an_export,
+    r"holds sub/a\.txt, which": damage_the_manifest,
+    r"x is a file": lambda path: path.write_text("mine"),
+    r"\.x\.old holds sub and no": lambda path: write(path.with_name(".x.old"), "mine"),
+    r"\.x\.tmp holds sub and no": lambda path: write(path.with_name(".x.tmp"), "mine"),
+}
+
+
+@pytest.mark.parametrize("words", NOT_EXPORTS)
+def test_what_no_export_wrote_is_never_replaced(tmp_path, words):
+    NOT_EXPORTS[words](tmp_path / "x")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=words) as refused:
+        export(tmp_path / "x", "new")
+    assert tree(tmp_path) == before and "\n" not in str(refused.value)
+
+
+def test_what_is_added_while_the_new_folder_is_written_is_not_lost(tmp_path):
+    export(tmp_path / "x", "old")
+    with pytest.raises(ValueError, match="holds mine"), replacing_folder(tmp_path / "x") as temporary:
+        write(temporary, "new")
+        (tmp_path / "x/mine").write_text("mine")
+    assert names(tmp_path) == ["x"] and (tmp_path / "x/mine").is_file()
 
 
 def test_an_error_of_the_disk_names_the_file():
     with pytest.raises(OSError, match=r"could not write a.txt \(No space left on device\)"), naming("a.txt"):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_an_error_names_its_file_once():
+    with pytest.raises(OSError) as error, naming("folder"), naming("folder/a.txt"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(error.value) == ("could not write folder/a.txt (No space left on device); what stood there before is "
+                                "untouched")

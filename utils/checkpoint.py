@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.files import naming, replacing
+from utils.files import WriteError, naming, replacing
 from utils.packages import optional_package
 
 FORMAT = "PokeDiff checkpoint 1"
@@ -41,7 +41,7 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
             torch.save({"format": FORMAT, **content}, file)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"could not write {path} ({reason}); what stood there before is untouched") from error
+        raise WriteError(f"could not write {path} ({reason}); what stood there before is untouched") from error
 
 
 def save_safetensors(path: str | Path, **content: Any) -> None:

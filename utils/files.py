@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+MANIFEST = "pokediff_export.json"  # in a folder that `replacing_folder` wrote
 
 
 @contextlib.contextmanager
@@ -37,29 +40,36 @@ def replacing(path: str | Path, sync: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]:
+def replacing_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty folder beside `path`, which takes its place if the block ends well.
 
-    An error or a full disk leaves the old folder as it was. A kill in the instant between two renames leaves it as
-    `.NAME.old`, from which the next call restores it.
-
-    Args:
-        names: what a folder of this kind holds. One with anything else in it is not replaced, nor is a file.
+    The new folder gets a manifest, a file with the hash of each other file in it. Only what this function wrote is
+    replaced: a folder with a manifest, and nothing in it that was added or changed since. An error or a full disk
+    leaves the old folder as it was. A kill in the instant between two renames leaves it as `.NAME.old`, from which the
+    next call restores it.
 
     Raises:
-        ValueError: for such a folder or file.
+        ValueError: for any other folder that is not empty, and for a file.
     """
     path = Path(path).resolve()
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    if old.is_dir() and not path.exists():
+    if (old / MANIFEST).is_file() and not path.exists():
         os.replace(old, path)
-    _check_replaceable(path, names)
+    for folder in (path, old):
+        _check_replaceable(folder)
+    if _is_there(temporary) and not (temporary / MANIFEST).is_file():
+        _check_empty(temporary)
     for left_over in (temporary, old):
         if left_over.exists():
             shutil.rmtree(left_over)
     temporary.mkdir(parents=True)
     try:
+        (temporary / MANIFEST).touch()  # from here on a kill leaves a folder that is known as ours
         yield temporary
+        content = {name: _sha256(temporary / name) for name in _files(temporary)}
+        (temporary / MANIFEST).write_text(json.dumps({"written by": "PokeDiff", "sha256": content}, indent=1) + "\n",
+                                          encoding="utf-8")
+        _check_replaceable(path)  # again: the block can take minutes
         if path.is_dir():
             os.replace(path, old)
         try:
@@ -74,22 +84,64 @@ def replacing_folder(path: str | Path, names: Collection[str]) -> Iterator[Path]
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(path: Path, names: Collection[str]) -> None:
-    if path.exists() and not path.is_dir():
+def _check_replaceable(path: Path) -> None:
+    """Raise ValueError for a folder that is neither missing, nor empty, nor as `replacing_folder` left it."""
+    if not (path / MANIFEST).is_file():
+        return _check_empty(path)
+    try:
+        written = dict(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["sha256"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        written = {}  # then each file counts as added
+    for name in _files(path):
+        if name not in written:
+            raise ValueError(f"{path} holds {name}, which would be lost; name another folder, or a new one")
+        if (path / name).is_symlink() or _sha256(path / name) != written[name]:
+            raise ValueError(f"{path / name} was changed since it was written, which would be lost; name another "
+                             f"folder, or a new one")
+
+
+def _check_empty(path: Path) -> None:
+    if not _is_there(path):
+        return
+    if path.is_symlink() or not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder")
-    for content in sorted(path.iterdir()) if path.is_dir() else ():
-        if content.name not in names:
-            raise ValueError(f"{path} holds {content.name}, which would be lost; name another folder, or a new one")
+    for content in sorted(path.iterdir()):
+        raise ValueError(f"{path} holds {content.name} and no {MANIFEST}, so it is no earlier export, and would be "
+                         f"lost; name another folder, or a new one")
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the paths of all files and links below a folder, but the manifest."""
+    return [name for path in sorted(folder.rglob("*"))
+            if (path.is_symlink() or not path.is_dir()) and (name := path.relative_to(folder).as_posix()) != MANIFEST]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+class WriteError(OSError):
+    """A file or folder that could not be written, named in the message."""
 
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Name `path` in the OSError of a block that replaces it."""
+    """Name `path` in the OSError of a block that replaces it; one that names its file already stays as it is."""
     try:
         yield
+    except WriteError:
+        raise
     except OSError as error:
-        raise OSError(f"could not write {path} ({error.strerror or error}); what stood there before is untouched"
-                      ) from error
+        raise WriteError(f"could not write {path} ({error.strerror or error}); what stood there before is untouched"
+                         ) from error
 
 
 def keep_settings(path: str | Path, settings: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from utils.errors import UserError, first_line
 from utils.files import replacing_folder
 from utils.packages import optional_package
 
-NAMES = ("README.md", "model_index.json", "unet", "scheduler", "typed_unet", "types.json", "samples.png")
 MOST_SETS = 5000  # of types, each a row of numbers
 TOLERANCE = 1e-3  # largest difference from PokeDiff that a written folder may have, in units of the largest output
 PREDICTION_TYPES = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
@@ -55,7 +54,7 @@ def write_folder(pipeline: Pipeline, folder: Path, card: Card, max_types: int = 
     library.utils.logging.disable_progress_bar()
     check_expressible(pipeline, max_types)
     sets = type_sets(pipeline.class_names, max_types)
-    with replacing_folder(folder, NAMES) as temporary:
+    with replacing_folder(folder) as temporary:
         # The pipeline, and the network with types.
         scheduler = library.DDPMScheduler(**scheduler_config(pipeline))
         unet = to_diffusers(pipeline.net, pipeline.image_size)

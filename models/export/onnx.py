@@ -30,7 +30,6 @@ from utils.packages import optional_package
 
 LARGEST_FILE = 2**31 - 1  # bytes: a limit of the format
 REQUIREMENTS = "requirements-export.txt"
-NAMES = ("model.onnx", "encoder.onnx", "decoder.onnx", "model.json")  # of an exported folder
 # Largest difference from PyTorch, in units of the output's largest value (at least 1), that a file may have.
 TOLERANCE = {"float32": 1e-3, "float16": 0.1}
 
@@ -103,7 +102,7 @@ def write_file(pipeline: Pipeline, name: str, path: Path, half: bool = False) ->
 
 def write_folder(pipeline: Pipeline, name: str, folder: Path, half: bool = False) -> None:
     """Write a folder as `write_model` fills it, whole or not at all."""
-    with replacing_folder(folder, NAMES) as temporary:
+    with replacing_folder(folder) as temporary:
         write_model(pipeline, name, temporary, "prediction", half)
 
 

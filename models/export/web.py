@@ -42,7 +42,7 @@ def write_web(pipeline: Pipeline, name: str, folder: Path, runtime: Path | None 
     if PAGE in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f"--output {folder} is the page's own source; name another folder")
     page = [path for path in sorted(PAGE.iterdir()) if not path.name.startswith(".")]
-    with replacing_folder(folder, names=[*(path.name for path in page), "ort", "model"]) as temporary:
+    with replacing_folder(folder) as temporary:
         for path in page:
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, temporary / path.name)
