@@ -18,7 +18,7 @@ import generate
 from models.export.onnx import halve_weights
 from models.pipeline import Pipeline
 from reverse_diffusion import sample
-from utils.checkpoint import CheckpointError, load_checkpoint
+from utils.checkpoint import CheckpointError, load_checkpoint, save_safetensors
 from utils.files import MANIFEST
 from utils.images import to_uint8
 
@@ -272,6 +272,28 @@ def test_a_safetensors_file_is_a_checkpoint(safetensors_file):
 def test_generate_reads_it(folder, own_folder, safetensors_file):
     assert call(generate, "--checkpoint", safetensors_file, "--num_images", 1, "--steps", 1, "--device", "cpu") == 0
     assert Path("outputs/generated.png").is_file()
+
+
+@pytest.mark.parametrize("content", [dict(ema={"a": {"b": torch.ones(2)}, "a.b": torch.zeros(2)}),  # one name for two
+                                     dict(config={1: "a"})])
+def test_content_that_a_safetensors_file_cannot_give_back_is_noticed(tmp_path, content):
+    pytest.importorskip("safetensors")
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(Exception, match="a.safetensors"):
+        save_safetensors(path, **content)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_tensors_of_any_kind_come_back_to_the_bit(tmp_path):
+    pytest.importorskip("safetensors")
+    ema = dict(nan=torch.tensor([float("nan"), -0.0]), scalar=torch.tensor(3), half=torch.ones(2, 3).half().T,
+               brain=torch.ones(2, dtype=torch.bfloat16), none=torch.zeros(0, 3), truth=torch.tensor([True, False]))
+    save_safetensors(tmp_path / "a.safetensors", ema=ema, config=dict(sizes=(1, (2, 3)), name="née 火"))
+    back = load_checkpoint(tmp_path / "a.safetensors")
+    assert back["config"] == dict(sizes=[1, [2, 3]], name="née 火")
+    assert all(back["ema"][name].dtype == part.dtype and torch.allclose(back["ema"][name], part, equal_nan=True)
+               for name, part in ema.items())
 
 
 def test_the_suffix_may_be_in_capitals(folder, own_folder):

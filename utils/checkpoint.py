@@ -47,8 +47,10 @@ def save_checkpoint(path: str | Path, **content: Any) -> None:
 def save_safetensors(path: str | Path, **content: Any) -> None:
     """Write tensors and plain values to a .safetensors file, which `load_checkpoint` reads; tuples become lists.
 
+    The file is read back and compared with the content, to the last bit, before it takes its place.
+
     Raises:
-        OSError: if the file cannot be written; whatever stood at `path` is still there.
+        OSError: if the file cannot be written or reads back as something else; what stood at `path` is still there.
         UserError: if the package safetensors is missing.
     """
     package = _safetensors("a .safetensors file")
@@ -57,6 +59,8 @@ def save_safetensors(path: str | Path, **content: Any) -> None:
     metadata = {"format": "pt", "pokediff": json.dumps(described, allow_nan=False)}
     with naming(path), replacing(path, sync=True) as temporary:
         temporary.write_bytes(package.save(tensors, metadata))
+        if not _equal({"format": FORMAT, **content}, _read_safetensors(temporary, package)):
+            raise OSError("what was written reads back as something else")
 
 
 def load_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
@@ -123,6 +127,21 @@ def _give_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> An
     if isinstance(value, dict):
         return {key: _give_tensors(part, f"{name}.{key}" if name else key, tensors) for key, part in value.items()}
     return value
+
+
+def _equal(content: Any, read: Any) -> bool:
+    """Return whether a content came back as it was, but with lists for tuples."""
+    if isinstance(content, torch.Tensor):
+        is_alike = isinstance(read, torch.Tensor) and read.shape == content.shape and read.dtype == content.dtype
+        return is_alike and torch.equal(_bytes(content), _bytes(read))  # as numbers, NaN would differ from itself
+    if isinstance(content, dict):
+        return isinstance(read, dict) and content.keys() == read.keys() and all(
+            _equal(part, read[key]) for key, part in content.items())
+    return json.loads(json.dumps(content)) == read
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _upgrade(content: dict[str, Any]) -> dict[str, Any]:

