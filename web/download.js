@@ -21,12 +21,23 @@ export async function fetchModel() {
     throw new Problem(`The model’s description is of format ${model?.format}; this page reads format ${FORMAT}. `
                       + "Export page and model together.");
   }
-  const sizes = [model.image_size, model.channels, model.height, model.width, model.timesteps];
-  const whole = sizes.every((size) => Number.isInteger(size) && size > 0) && Array.isArray(model.types)
-    && Array.isArray(model.alpha_bar) && model.alpha_bar.length === model.timesteps
-    && model.alpha_bar.every(Number.isFinite);
-  if (!whole) throw new Problem("The model’s description, model/model.json, is incomplete. Export it again.");
+  if (!isWhole(model)) {
+    throw new Problem("The model’s description, model/model.json, is incomplete. Export it again.");
+  }
   return model;
+}
+
+/** Return whether a description has all that the page reads without asking, each of its kind. */
+function isWhole(model) {
+  const { types, sampler, timesteps, alpha_bar: alphaBar } = model;
+  const counts = [model.image_size, model.channels, model.height, model.width, timesteps, sampler?.steps];
+  return counts.every((value) => Number.isInteger(value) && value > 0)
+    && [model.name, sampler.name].every((value) => typeof value === "string")
+    && Array.isArray(types) && types.every((type) => typeof type === "string")
+    && Number.isInteger(model.max_types) && model.max_types >= Math.min(1, types.length)
+    && Number.isFinite(model.guidance)
+    && Array.isArray(alphaBar) && alphaBar.length === timesteps
+    && alphaBar.every((value) => Number.isFinite(value) && value >= 0 && value <= 1);
 }
 
 /**

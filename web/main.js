@@ -6,20 +6,24 @@ import { Engine } from "./engine.js";
 import { dieIcon, typeButton } from "./parts.js";
 import { describe, savePng } from "./save.js";
 import { MAX_SEED, Noise } from "./random.js";
-import { canGuide, fit, fromHash, limits, list, samplerOf, toHash } from "./settings.js";
+import { canGuide, fit, fromHash, itemsOf, limits, list, samplerOf, toHash } from "./settings.js";
 import { addNoise, startOfDrawing } from "./sampler.js";
 import { Sketch } from "./sketch.js";
 import { Stage } from "./stage.js";
+import { inTrouble, note, say, show, trouble } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["count", "frames", "guidance", "steps", "strength"];
 
 let model, stage, sketch;
+let isBuilt = false; // the controls are made, which happens once
 let settings; // what the controls say
 let drawn; // the settings of what the stage shows, and the items of its job
 let ready = false; // the network is loaded
 let drawWhenReady = false;
 let running = false;
+let links = 0; // opened so far
+let draws = 0; // begun so far
 const engine = new Engine(receive);
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -27,19 +31,22 @@ const engine = new Engine(receive);
 
 async function begin() {
   $("alone").hidden = true;
-  $("trouble").hidden = true;
+  if (stage && !isBuilt) return location.reload(); // half of the controls are there already
+  trouble("");
   if (!hasWebAssembly()) {
     return trouble("This browser cannot run the network: it has no WebAssembly, or one without SIMD. Firefox, Chrome, "
                    + "Edge and Safari of 2023 and later have it.");
   }
   try {
     model ??= await fetchModel();
+    if (!isBuilt) {
+      build();
+      await openLink();
+      isBuilt = true;
+    }
   } catch (error) {
-    return trouble(error instanceof Problem ? error.message : `The page cannot start (${error.message}).`);
-  }
-  if (!stage) {
-    build();
-    await openLink();
+    return trouble(error instanceof Problem ? error.message
+      : `The page cannot start (${error.message}). If a reload does not help, export page and model again.`);
   }
   $("main").hidden = false;
   setReady(false);
@@ -74,23 +81,31 @@ function build() {
   $("about").textContent = `Model “${model.name}”: ${size}${types}${megabytes}. Made with PokeDiff.`;
 }
 
-/** Take the settings from the address, and say what of it could not be taken. */
+/** Take settings and drawing from the address, and say what of it could not be taken. */
 async function openLink() {
+  links += 1;
+  const link = links;
   const fromLink = location.hash.length > 1;
   const { settings: asked, notes } = fromHash(location.hash, model);
-  settings = asked;
-  if (!fromLink) settings.seed = randomSeed();
-  if (settings.mode === "drawing" && settings.drawing) {
+  if (!fromLink) asked.seed = randomSeed();
+  let drawing = null;
+  if (asked.mode === "drawing" && asked.drawing) {
     try {
-      sketch.write(await unpack(settings.drawing, 3 * model.image_size ** 2));
+      drawing = await unpack(asked.drawing, 3 * model.image_size ** 2);
     } catch {
       notes.push("The drawing in the link is damaged; here the canvas is empty.");
     }
+    if (link !== links) return; // a later one is open
   }
-  if (notes.length && fromLink) note(notes);
   if (samplerOf(model) !== model.sampler?.name) {
-    note([`The model asks for the sampler “${model.sampler?.name}”; this page draws with ${samplerOf(model)}.`]);
+    notes.push(`The model asks for the sampler “${model.sampler?.name}”; this page draws with ${samplerOf(model)}.`);
   }
+  note(notes);
+  $("sketch-trouble").textContent = "";
+
+  settings = asked;
+  if (drawing) sketch.write(drawing);
+  else if (!sketch.empty) sketch.wipe(); // a link is all there is to its creatures; Undo brings the old drawing back
   showSettings();
   drawWhenReady = fromLink && !(settings.mode === "drawing" && sketch.empty);
 }
@@ -120,19 +135,19 @@ function buildControls() {
 
   $("controls").addEventListener("submit", (event) => {
     event.preventDefault();
-    $("notes").hidden = true; // about the link that was opened
+    note([]); // they were about the link that was opened
     draw();
   });
   $("another").prepend(dieIcon());
   $("another").addEventListener("click", () => {
-    $("notes").hidden = true;
+    note([]);
     set("seed", randomSeed());
     if (settings.mode === "morph") set("to", randomSeed());
     draw();
   });
   $("stop").addEventListener("click", stop);
   document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
-  $("notes-close").addEventListener("click", () => { $("notes").hidden = true; });
+  $("notes-close").addEventListener("click", () => note([]));
   $("save").addEventListener("click", () => save([stage.current], stage.moment));
   $("save-all").addEventListener("click", () => save(stage.creatures));
   $("copy").addEventListener("click", copyLink);
@@ -196,17 +211,19 @@ const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0] % 1e6; //
 // drawing
 
 async function draw() {
-  if (!ready) {
-    drawWhenReady = true;
-    return say("Drawing begins as soon as the network is loaded.");
-  }
+  drawWhenReady = false;
   if (settings.mode === "drawing" && sketch.empty) {
     $("sketch-trouble").textContent = "The canvas is empty: draw something first, or choose a picture.";
     return $("sketch").focus();
   }
-  const drawing = settings.mode === "drawing" ? sketch.read() : null;
-  drawn = { ...settings, types: [...settings.types], drawing: drawing ? await pack(drawing) : "" };
-  drawn.items = itemsOf(drawn);
+  draws += 1;
+  const number = draws;
+  const chosen = { ...settings };
+  const drawing = chosen.mode === "drawing" ? sketch.read() : null;
+  chosen.drawing = drawing ? await pack(drawing) : "";
+  if (number !== draws) return; // a later one has begun
+  trouble("");
+  drawn = { ...chosen, items: itemsOf(chosen) };
   history.replaceState(null, "", `#${toHash(drawn, model)}`);
   $("link").hidden = true;
   $("action-status").textContent = "";
@@ -223,20 +240,6 @@ async function draw() {
   if (stage.picture.getBoundingClientRect().top < 0) {
     $("picture").scrollIntoView({ block: "center", behavior: stage.still.matches ? "instant" : "smooth" });
   }
-}
-
-/** Return the creatures to draw: {name, seed}, and between two seeds also {to, weight}. */
-function itemsOf({ mode, seed, to, count, frames }) {
-  return Array.from({ length: mode === "morph" ? frames : count }, (_, i) => {
-    if (mode !== "morph") {
-      const own = (seed + i) % (MAX_SEED + 1);
-      return { name: `seed ${own}`, seed: own };
-    }
-    const weight = i / (frames - 1);
-    const percent = Math.round(100 * weight);
-    const name = weight === 0 ? `seed ${seed}` : weight === 1 ? `seed ${to}` : `${percent} % of the way to seed ${to}`;
-    return { name, seed, to, weight };
-  });
 }
 
 function stop() {
@@ -309,39 +312,16 @@ function step(message) {
 }
 
 function fail({ message, while: doing }) {
+  if (doing === "decode") { // a frame that cannot be shown ends no drawing, and is less than what is said already
+    if (!inTrouble()) trouble(message);
+    return;
+  }
+  if (running) drawWhenReady = true; // by "Try again"
   setRunning(false);
   if (doing === "load") setReady(false);
   $("progress").value = 0;
   say(doing === "load" ? "The network is not loaded." : "It did not work.");
   trouble(message);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// words
-
-/** Show a sentence, which a screen reader also reads out. */
-function say(sentence) {
-  show(sentence);
-  $("announcement").textContent = sentence;
-}
-
-/** Show what changes too often to be read out. */
-function show(sentence) {
-  $("status").textContent = sentence;
-}
-
-function trouble(sentence) {
-  $("trouble-text").textContent = sentence;
-  $("trouble").hidden = false;
-}
-
-function note(sentences) {
-  $("notes-text").replaceChildren(...sentences.map((sentence) => {
-    const line = document.createElement("p");
-    line.textContent = sentence;
-    return line;
-  }));
-  $("notes").hidden = false;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

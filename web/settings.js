@@ -49,6 +49,20 @@ export function fit(name, value, model) {
   return unit === 1 ? Math.round(inside) : Number(inside.toFixed(2));
 }
 
+/** Return the creatures to draw: {name, seed}, and between two seeds also {to, weight}. */
+export function itemsOf({ mode, seed, to, count, frames }) {
+  return Array.from({ length: mode === "morph" ? frames : count }, (_, i) => {
+    if (mode !== "morph") {
+      const own = (seed + i) % (MAX_SEED + 1);
+      return { name: `seed ${own}`, seed: own };
+    }
+    const weight = i / (frames - 1);
+    const percent = Math.round(100 * weight);
+    const name = weight === 0 ? `seed ${seed}` : weight === 1 ? `seed ${to}` : `${percent} % of the way to seed ${to}`;
+    return { name, seed, to, weight };
+  });
+}
+
 /** Return the part of a link after "#": all that makes these creatures. */
 export function toHash(settings, model) {
   const link = new URLSearchParams();

@@ -29,6 +29,7 @@ export class Sketch {
     this.past = [];
     this.cursor = { x: this.side / 2, y: this.side / 2, down: false };
     this.empty = true;
+    this.pictures = 0; // asked for so far
     this.addSwatches();
     this.listenToPointer();
     this.listenToKeys();
@@ -177,14 +178,17 @@ export class Sketch {
     this.pen.putImageData(before.pixels, 0, 0);
     this.empty = before.empty;
     this.undo.disabled = this.past.length === 0;
+    this.onTrouble("");
     this.onChange();
   }
 
   wipe() {
+    this.pictures += 1; // what is still being read comes too late
     this.remember();
     this.pen.fillStyle = "white";
     this.pen.fillRect(0, 0, this.side, this.side);
     this.empty = true;
+    this.onTrouble("");
     this.onChange();
   }
 
@@ -214,34 +218,40 @@ export class Sketch {
     });
   }
 
-  /** Put a picture file on the canvas: centred, cropped to a square, on white. Says so where it cannot be read. */
+  /** Put a picture file on the canvas. Says so where it cannot be read; then the drawing is as it was. */
   async readFile(file) {
+    this.pictures += 1;
+    const number = this.pictures;
     const name = file.name || "The picture";
+    const refuse = (reason) => this.onTrouble(`${name} ${reason} The drawing is as it was.`);
     if (file.size > LARGEST_FILE) {
-      return this.onTrouble(`${name} is too large: ${Math.round(file.size / 1e6)} MB, where ${LARGEST_FILE / 1e6} MB `
-                            + "are the most. The drawing is as it was.");
+      return refuse(`is too large: ${Math.round(file.size / 1e6)} MB, where ${LARGEST_FILE / 1e6} MB are the most.`);
     }
-    let picture;
-    try {
-      picture = await createImageBitmap(file);
-    } catch {
-      return this.onTrouble(`${name} is not a picture that this browser can read; it may be damaged, or far too large. `
-                            + "The drawing is as it was.");
-    }
-    if (picture.width * picture.height > LARGEST_PICTURE) {
-      this.onTrouble(`${name} is too large: ${picture.width} × ${picture.height} pixels. The drawing is as it was.`);
+    const picture = await createImageBitmap(file).catch(() => null);
+    if (number !== this.pictures) { // something newer is on the canvas, or on its way to it
+      picture?.close();
+    } else if (!picture) {
+      refuse("is not a picture that this browser can read; it may be damaged, or far too large.");
+    } else if (picture.width * picture.height > LARGEST_PICTURE) {
+      refuse(`is too large: ${picture.width} × ${picture.height} pixels.`);
+      picture.close();
     } else {
-      this.remember();
-      const side = Math.min(picture.width, picture.height);
-      this.pen.fillStyle = "white"; // behind what is transparent
-      this.pen.fillRect(0, 0, this.side, this.side);
-      this.pen.imageSmoothingEnabled = side > this.size; // small ones stay squares
-      this.pen.imageSmoothingQuality = "high";
-      this.pen.drawImage(picture, (picture.width - side) / 2, (picture.height - side) / 2, side, side,
-                         0, 0, this.side, this.side);
-      this.changed();
+      this.place(picture);
     }
+  }
+
+  /** Put a picture on the canvas: centred, cropped to a square, on white. */
+  place(picture) {
+    this.remember();
+    const side = Math.min(picture.width, picture.height);
+    this.pen.fillStyle = "white"; // behind what is transparent
+    this.pen.fillRect(0, 0, this.side, this.side);
+    this.pen.imageSmoothingEnabled = side > this.size; // small ones stay squares
+    this.pen.imageSmoothingQuality = "high";
+    this.pen.drawImage(picture, (picture.width - side) / 2, (picture.height - side) / 2, side, side,
+                       0, 0, this.side, this.side);
     picture.close();
+    this.changed();
   }
 
   /** Return what the model reads: RGB bytes [3 size size], each the mean of a square of the canvas. */
@@ -265,6 +275,7 @@ export class Sketch {
 
   /** Put back what `read` returned; reading it again gives the same bytes. */
   write(bytes) {
+    this.pictures += 1;
     this.remember();
     for (let i = 0; i < this.size ** 2; i++) {
       const [r, g, b] = bytes.subarray(3 * i, 3 * i + 3);

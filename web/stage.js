@@ -40,6 +40,7 @@ export class Stage {
    */
   begin(names, isMorph) {
     this.pause();
+    this.picture.wanted = this.guess.wanted = null; // what is still being decoded is of creatures before
     this.scene.classList.remove("empty");
     this.morphRow.hidden = !isMorph;
     this.morph.max = names.length - 1;
@@ -103,8 +104,8 @@ export class Stage {
   advance(index) {
     const creature = this.creatures[index];
     if (this.still.matches && !creature.done) return; // no flicker of noise for those who do not want it
-    const shown = (model) => (model.pixels ? model : creature.guesses.findLast((guess) => guess.pixels));
-    paintInto(this.thumbnails.querySelectorAll("canvas")[index], shown(creature.x.at(-1))?.pixels);
+    const shown = creature.x.at(-1).pixels ? creature.x.at(-1) : creature.guesses.findLast((guess) => guess.pixels);
+    paintInto(this.thumbnails.querySelectorAll("canvas")[index], shown?.pixels);
     if (this.follow) this.select(index);
     else if (index === this.index) {
       this.time.max = creature.steps;
@@ -144,25 +145,43 @@ export class Stage {
   }
 
   paintNothing() {
-    for (const canvas of [this.picture, this.guess]) this.show(canvas, null);
+    for (const canvas of [this.picture, this.guess]) {
+      canvas.wanted = null;
+      paintInto(canvas, null);
+    }
     this.pictureCaption.textContent = `${capital(this.current.name)}: not drawn`;
     this.picture.setAttribute("aria-label", "Nothing yet");
     this.guess.setAttribute("aria-label", "Nothing yet");
   }
 
-  /** Paint a frame. Latents are decoded first, the newest request only. */
-  async show(canvas, frame) {
-    canvas.wanted = frame;
-    if (frame && !frame.pixels) {
-      if (!this.current.done) return; // the worker shows what it has the time for
+  /** Paint a frame; latents when they are decoded, which the worker has the time for when the creature is done. */
+  show(canvas, frame) {
+    const { current, moment } = this;
+    if (frame && !frame.pixels && !current.done) {
+      frame = current.guesses.slice(0, moment + 1).findLast((guess) => guess.pixels); // the newest that was decoded
+    }
+    canvas.wanted = frame ?? null;
+    if (frame && !frame.pixels) this.decodeWanted();
+    else paintInto(canvas, frame?.pixels);
+  }
+
+  /** Decode and paint what the canvases want, one frame at a time; those that nobody wants any more are left out. */
+  async decodeWanted() {
+    if (this.isDecoding) return;
+    this.isDecoding = true;
+    const canvases = [this.picture, this.guess];
+    for (;;) {
+      const frame = canvases.map(({ wanted }) => wanted).find((wanted) => wanted && !wanted.pixels);
+      if (!frame) break;
       try {
         frame.pixels = await this.decode(frame.latents);
-      } catch {
-        return; // the page says why
+      } catch { // the page says why
+        for (const canvas of canvases) if (canvas.wanted === frame) canvas.wanted = null;
+        continue;
       }
-      if (canvas.wanted !== frame) return;
+      for (const canvas of canvases) if (canvas.wanted === frame) paintInto(canvas, frame.pixels);
     }
-    paintInto(canvas, frame?.pixels);
+    this.isDecoding = false;
   }
 
   // playing -----------------------------------------------------------------------------------------------------------
