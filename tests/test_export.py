@@ -222,7 +222,13 @@ def test_the_description_gives_the_schedule_to_the_last_bit(folder):
     assert (described["channels"], described["height"], described["clip_range"]) == (3, 16, 1)
     latents = describe(Pipeline.load(folder / "latent.pt"), "tiny", max_types=9)
     assert (latents["channels"], latents["height"], latents["image_size"]) == (4, 4, 16)
+    assert "samplers" not in described  # any sampler suits it
     assert latents["latent"] and latents["clip_range"] == 3.5 and latents["guidance"] == 1 and latents["max_types"] == 0
+
+
+def test_the_description_of_a_tuned_model_names_its_sampler(tmp_path):
+    path = save_tiny_model(tmp_path / "tuned.pt", objective="consistency")
+    assert describe(Pipeline.load(path), "tuned")["samplers"] == ["consistency"]
 
 
 def test_the_training_command_of_the_card_is_one(monkeypatch):

@@ -90,7 +90,8 @@ def test_the_sampler_follows_that_of_python(run):
 
 def test_timesteps_starts_and_noise_are_those_of_python(run):
     pairs = [(T, steps) for T in (2, 7, 50, 600, 1000) for steps in (1, 2, 3, 8, 20, 50, 400) if steps <= T]
-    assert run("timesteps", pairs) == [trailing_timesteps(T, steps) for T, steps in pairs]
+    expected = [trailing_timesteps(T, steps) for T, steps in pairs]
+    assert run("timesteps", dict(sampler="sde-dpm++", pairs=pairs)) == expected
 
     inputs = [dict(strength=strength, steps=steps, T=1000) for strength in (0.0005, 0.05, 0.125, 0.5, 0.6, 1)
               for steps in (1, 3, 20, 100)]
@@ -107,6 +108,53 @@ def test_timesteps_starts_and_noise_are_those_of_python(run):
     noisy = run("addNoise", dict(alphaBar=alpha_bar(scheduler), x=a.flatten().tolist(), noise=b.flatten().tolist(),
                                  t=300))
     assert np.allclose(noisy, scheduler.add_noise(a[None], torch.tensor([300]), b[None]).flatten(), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, timesteps", [(1, [999]), (2, [999, 430]), (4, [999, 750, 430, 200])])
+@pytest.mark.parametrize("guidance, clip", [(1.0, 1.0), (3.0, 0.5)])
+def test_a_tuned_model_jumps_to_images_and_takes_all_noise_anew(run, steps, timesteps, guidance, clip):
+    """x_0 = f(x_t), clipped; x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) noise, with fresh noise in each jump."""
+    scheduler = NoiseScheduler(schedule="cosine")
+    network, x = gaussian.exact(scheduler, "x0"), gaussian.start(1)
+    noises = torch.randn(steps, 1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    labels = torch.ones(1, 1)
+    given = dict(alphaBar=alpha_bar(scheduler), mean=gaussian.MEAN.flatten().tolist(),
+                 std=gaussian.STD.flatten().tolist(), x=x.flatten().tolist(), noises=noises.flatten(1).tolist(),
+                 labels=[1.0], guidance=guidance, sampler="consistency", steps=steps, clip=clip)
+    expected = []
+    for i, t in enumerate(timesteps):
+        conditional, unconditional = (network(x, torch.tensor([t]), part) for part in (labels, 0 * labels))
+        x_0 = (unconditional + guidance * (conditional - unconditional)).clamp(-clip, clip)
+        last = i + 1 == steps
+        abar = 1.0 if last else scheduler.alpha_bar(timesteps[i + 1])
+        x = abar**0.5 * x_0 + (1 - abar) ** 0.5 * noises[i]
+        expected.append((-1 if last else timesteps[i + 1], x.flatten().tolist(), x_0.flatten().tolist()))
+    (found,) = run("trajectory", [given])
+    assert [step["t"] for step in found] == [t for t, _, _ in expected]
+    assert found[-1]["x_t"] == found[-1]["x_0"]
+    for name, k in (("x_t", 1), ("x_0", 2)):
+        assert np.abs(np.array([step[name] for step in found]) - [row[k] for row in expected]).max() < 1e-5
+
+
+def test_the_jumps_fall_from_the_last_timestep_for_any_number(run):
+    pairs = [(T, steps) for T in (1, 2, 7, 50, 600, 1000) for steps in (1, 2, 3, 4, 5, 7, 8, 50, 999) if steps <= T]
+    for (T, steps), found in zip(pairs, run("timesteps", dict(sampler="consistency", pairs=pairs))):
+        assert len(found) == steps and found[0] == T - 1 and found[-1] >= 0, (T, steps)
+        assert all(t > s for t, s in zip(found, found[1:])), (T, steps)
+    assert run("timesteps", dict(sampler="consistency", pairs=[(1000, 8), (600, 4)])) == [
+        [999, 875, 750, 590, 430, 315, 200, 100], [599, 450, 258, 120]]
+
+
+def test_a_tuned_model_is_drawn_by_its_own_sampler_alone(run):
+    """And no other model by that, whatever its sampler is called."""
+    tuned = MODEL | dict(sampler=dict(name="consistency", steps=4), samplers=["consistency"])
+    models = [tuned, tuned | dict(sampler=dict(name="ddim", steps=50)), MODEL | dict(sampler=tuned["sampler"]), MODEL,
+              tuned | dict(samplers=["new", "consistency"]), MODEL | dict(samplers=["new"]), tuned | dict(timesteps=3)]
+    assert run("samplers", models) == [["consistency", 4, 8], ["consistency", 2, 8], ["sde-dpm++", 20, 100],
+                                       ["sde-dpm++", 20, 100], ["consistency", 4, 8], ["sde-dpm++", 20, 100],
+                                       ["consistency", 3, 3]]
+    (link,) = run("links", dict(model=tuned, hashes=["#steps=20"]))
+    assert link["settings"]["steps"] == 8 and "not between 1 and 8" in link["notes"][0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ import { createInterface } from "node:readline";
 
 import { encodePng, pack, unpack } from "../web/bytes.js";
 import { Noise, ln, normals } from "../web/random.js";
-import { NoiseBetween, addNoise, denoise, guided, slerp, startOfDrawing, trailingTimesteps } from "../web/sampler.js";
-import { defaults, fromHash, toHash } from "../web/settings.js";
+import { NoiseBetween, SAMPLERS, addNoise, denoise, guided, slerp, startOfDrawing } from "../web/sampler.js";
+import { defaults, fromHash, limits, samplerOf, toHash } from "../web/settings.js";
 
 const floats = (values) => Float32Array.from(values);
 
@@ -33,7 +33,7 @@ async function trajectory({ alphaBar, mean, std, x, noises, labels, guidance, ..
 
 const TASKS = {
   trajectory: (inputs) => Promise.all(inputs.map(trajectory)),
-  timesteps: (pairs) => pairs.map(([T, steps]) => trailingTimesteps(T, steps)),
+  timesteps: ({ sampler, pairs }) => pairs.map(([T, steps]) => SAMPLERS[sampler].timesteps(T, steps)),
   starts: (inputs) => inputs.map(({ strength, steps, T }) => startOfDrawing(strength, steps, T)),
   slerp: ({ a, b, weights }) => weights.map((weight) => [...slerp(floats(a), floats(b), weight)]),
   addNoise: ({ alphaBar, x, noise, t }) => [...addNoise(alphaBar, floats(x), t, floats(noise))],
@@ -57,6 +57,7 @@ const TASKS = {
     return { settings, notes, link, again: { link: toHash(again.settings, model), notes: again.notes } };
   }),
   defaults: (model) => defaults(model),
+  samplers: (models) => models.map((model) => [samplerOf(model), defaults(model).steps, limits("steps", model).max]),
   png: async ({ width, height, rgba, texts }) =>
     Buffer.from(await encodePng(width, height, Uint8ClampedArray.from(rgba), texts)).toString("base64"),
   packed: async (bytes) => {

@@ -35,7 +35,7 @@ function isWhole(model) {
     && [model.name, sampler.name].every((value) => typeof value === "string")
     && Array.isArray(types) && types.every((type) => typeof type === "string")
     && Number.isInteger(model.max_types) && model.max_types >= Math.min(1, types.length)
-    && Number.isFinite(model.guidance)
+    && Number.isFinite(model.guidance) && Array.isArray(model.samplers ?? [])
     && Array.isArray(alphaBar) && alphaBar.length === timesteps
     && alphaBar.every((value) => Number.isFinite(value) && value >= 0 && value <= 1);
 }

@@ -97,8 +97,8 @@ async function openLink() {
     }
     if (link !== links) return; // a later one is open
   }
-  if (samplerOf(model) !== model.sampler?.name) {
-    notes.push(`The model asks for the sampler “${model.sampler?.name}”; this page draws with ${samplerOf(model)}.`);
+  if (samplerOf(model) !== model.sampler.name) {
+    notes.push(`The model asks for the sampler “${model.sampler.name}”; this page draws with ${samplerOf(model)}.`);
   }
   note(notes);
   $("sketch-trouble").textContent = "";

@@ -8,11 +8,14 @@ import { Noise, ln } from "./random.js";
 
 /**
  * The samplers by name. `step(alphaBar, x_0, x_t, t, s, previous)` goes from x_t to x_s, s < t, and returns the mean of
- * x_s and the standard deviation of the noise to add; `previous` is {t, x_0} of the step before, or null. `steps` is
- * the default number of steps. A model names its sampler in model.json; a new one is an entry here.
+ * x_s and the standard deviation of the noise to add; `previous` is {t, x_0} of the step before, or null.
+ * `timesteps(T, steps)` are those that it visits. `steps` is the default number of steps, `mostSteps` the largest that
+ * the page offers. `tuned`: for models alone whose model.json has it among its `samplers`; these were tuned to it.
+ * A model names its sampler in model.json; a new one is an entry here.
  */
 export const SAMPLERS = {
-  "sde-dpm++": { step: sdeDpmSolverStep, steps: 20 },
+  "sde-dpm++": { step: sdeDpmSolverStep, timesteps: trailingTimesteps, steps: 20, mostSteps: 100, tuned: false },
+  consistency: { step: consistencyStep, timesteps: consistencyTimesteps, steps: 2, mostSteps: 8, tuned: true },
 };
 export const DEFAULT_SAMPLER = "sde-dpm++";
 
@@ -26,7 +29,7 @@ export const DEFAULT_SAMPLER = "sde-dpm++";
  * drawNoise: returns the noise of the next step.
  */
 export async function* denoise(network, alphaBar, x, { sampler, steps, start, clip, drawNoise }) {
-  const timesteps = trailingTimesteps((start ?? alphaBar.length - 1) + 1, steps);
+  const timesteps = SAMPLERS[sampler].timesteps((start ?? alphaBar.length - 1) + 1, steps);
   let previous = null;
   for (let i = 0; i < timesteps.length; i++) {
     const t = timesteps[i];
@@ -90,6 +93,12 @@ function ddimStep(alphaBar, x_0, x_t, t, s, eta) {
   };
 }
 
+/** Multistep consistency sampling (Song et al. 2023, algorithm 1): x_0 is the image, and all noise is put on anew. */
+function consistencyStep(alphaBar, x_0, x_t, t, s) {
+  const abarS = s < 0 ? 1 : alphaBar[s];
+  return { mean: combine(Math.sqrt(abarS), x_0, 0, x_0), std: Math.sqrt(1 - abarS) };
+}
+
 /** lambda = ln(signal / noise); -Infinity for pure noise. */
 const halfLogSnr = (abar) => (abar > 0 ? ln(abar / (1 - abar)) / 2 : -Infinity);
 
@@ -105,8 +114,30 @@ function combine(a, x, b, y) {
 
 /** Return `steps` falling timesteps, evenly spaced, the first at T - 1 ("trailing", Lin et al. 2024, table 2). */
 export function trailingTimesteps(T, steps) {
-  if (!(steps >= 1 && steps <= T)) throw new RangeError(`steps must be in 1 ... ${T}, not ${steps}`);
+  checkSteps(T, steps);
   return Array.from({ length: steps }, (_, i) => round(T - i * (T / steps)) - 1);
+}
+
+const JUMPS = [1, 0.75, 0.43, 0.2, 0]; // of T, a quarter of the steps apart
+
+/**
+ * Return `steps` falling timesteps, the first at T - 1, for jumps: of 1000, 999 430 or 999 750 430 200. Other numbers
+ * of steps lie on the same curve, drawn straight between these.
+ */
+export function consistencyTimesteps(T, steps) {
+  checkSteps(T, steps);
+  const timesteps = [];
+  for (let i = 0; i < steps; i++) {
+    const part = Math.floor((4 * i) / steps);
+    const fraction = JUMPS[part] + (JUMPS[part + 1] - JUMPS[part]) * ((4 * i) / steps - part);
+    const below = i === 0 ? T - 1 : timesteps[i - 1] - 1; // no timestep twice, for any number of steps
+    timesteps.push(Math.min(round(fraction * T), below));
+  }
+  return timesteps.map((t, i) => Math.max(t, steps - 1 - i));
+}
+
+function checkSteps(T, steps) {
+  if (!(steps >= 1 && steps <= T)) throw new RangeError(`steps must be in 1 ... ${T}, not ${steps}`);
 }
 
 /** Return the timestep at which a drawing starts and its number of steps (SDEdit, Meng et al. 2022). */

@@ -12,26 +12,27 @@ const NUMBERS = {
   count: { key: "n", min: 1, max: 16, unit: 1, words: "number of creatures" },
   frames: { key: "frames", min: 2, max: 16, unit: 1, words: "number of pictures" },
   guidance: { key: "guidance", min: 1, max: 10, unit: 0.1, words: "guidance" },
-  steps: { key: "steps", min: 1, max: 100, unit: 1, words: "number of steps" },
+  steps: { key: "steps", min: 1, unit: 1, words: "number of steps" }, // the most: as the sampler and the model have it
   strength: { key: "strength", min: 0.05, max: 1, unit: 0.01, words: "strength" },
 };
 
 /** Return {min, max, unit} of a number, for this model. */
 export function limits(name, model) {
   const { min, max, unit } = NUMBERS[name];
-  return { min, max: name === "steps" ? Math.min(max, model.timesteps) : max, unit };
+  return { min, max: max ?? Math.min(SAMPLERS[samplerOf(model)].mostSteps, model.timesteps), unit };
 }
 
-/** Return the model's sampler, or the default where this page does not have it. */
+/** Return the model's sampler, or another that suits the model where this page does not have it. */
 export function samplerOf(model) {
-  const asked = model.sampler?.name;
-  return Object.hasOwn(SAMPLERS, asked ?? "") ? asked : DEFAULT_SAMPLER;
+  const suits = (name) => Object.hasOwn(SAMPLERS, name)
+    && (model.samplers ? model.samplers.includes(name) : !SAMPLERS[name].tuned);
+  return [model.sampler.name, ...(model.samplers ?? [])].find(suits) ?? DEFAULT_SAMPLER;
 }
 
 /** Return the settings of a first visit. */
 export function defaults(model) {
   const sampler = samplerOf(model);
-  const steps = sampler === model.sampler?.name ? model.sampler.steps : SAMPLERS[sampler].steps;
+  const steps = sampler === model.sampler.name ? model.sampler.steps : SAMPLERS[sampler].steps;
   const guidance = canGuide(model) ? model.guidance : 1;
   return { mode: "noise", types: [], seed: 0, to: 1, count: 4, frames: 8, guidance: fit("guidance", guidance, model),
            steps: fit("steps", steps, model), strength: 0.6, drawing: "" };

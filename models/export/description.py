@@ -14,11 +14,13 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
 
     `alpha_bar` has the schedule's float64 in full. `clip` says whether a sampler keeps the predicted x_0 within plus
     and minus `clip_range`. `guidance` is the default scale where types are chosen; 1 is off. `max_types` is the largest
-    set that a program should offer.
+    set that a program should offer. `samplers` is there for a model that was tuned to few steps: the only samplers
+    that suit it.
     """
     channels, height, width = pipeline.space.shape(pipeline.image_size)
     sampler, steps = pipeline.default_sampler
     timesteps = pipeline.scheduler.num_timesteps
+    tuned = dict(samplers=["consistency"]) if pipeline.settings.get("objective") == "consistency" else {}
     return dict(
         format=FORMAT, name=name, latent=pipeline.space.is_latent,
         image_size=pipeline.image_size, channels=channels, height=height, width=width,
@@ -27,5 +29,5 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
         supports_guidance=pipeline.supports_guidance,
         sampler=dict(name=sampler, steps=steps), clip=True, clip_range=pipeline.space.latent_range,
         prediction=pipeline.prediction, timesteps=timesteps,
-        alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)],
+        alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)], **tuned,
     )

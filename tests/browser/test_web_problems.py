@@ -119,7 +119,8 @@ def test_two_pictures_at_once_and_a_link_leave_the_newest(page):
             pen.fillRect(0, 0, 8, 8);
             const files = new DataTransfer();
             files.items.add(new File([await canvas.convertToBlob()], `${colour}.png`));
-            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+            const options = { dataTransfer: files, bubbles: true, cancelable: true };
+            document.body.dispatchEvent(new DragEvent("drop", options));
         }
         if (then) location.hash = then;
         await new Promise((resolve) => setTimeout(resolve, 700));
@@ -237,13 +238,14 @@ def test_latents_are_shown_as_they_are_wanted(page):
         const elements = Object.fromEntries(names.map((name) => [name, document.createElement(kinds[name] ?? "div")]));
         elements.time.type = elements.morph.type = "range";
         const log = [], waiting = [];
+        const grey = (value) => new Uint8ClampedArray(4).fill(value);
         const decode = (latents) => new Promise((resolve, reject) => {
             log.push(latents);
-            waiting.push({ resolve: () => resolve(new Uint8ClampedArray(4).fill(latents)), reject });
+            waiting.push({ resolve: () => resolve(grey(latents)), reject });
         });
         const stage = new Stage(elements, { alpha_bar: [0.9, 0.5], image_size: 8 }, decode, () => {});
         const turn = () => new Promise((resolve) => setTimeout(resolve));
-        const frame = (latents, pixels) => ({ latents, pixels: pixels ? new Uint8ClampedArray(4).fill(latents) : null });
+        const frame = (latents, isDecoded) => ({ latents, pixels: isDecoded ? grey(latents) : null });
         const colour = (canvas) => canvas.getContext("2d").getImageData(0, 0, 1, 1).data[3];
         const colours = [];
         const look = () => colours.push([colour(elements.picture), colour(elements.guess)]);
