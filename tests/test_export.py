@@ -33,6 +33,7 @@ def folder(tmp_path_factory) -> Path:
     save_tiny_model(folder / "typed.pt", ("fire", "ice", "dark"))
     save_tiny_model(folder / "latent.pt", latent=True)
     save_tiny_model(folder / "wide.pt", multipliers=(2, 2))
+    save_tiny_model(folder / "tuned.pt", objective="consistency")
     (folder / "runtime/dist").mkdir(parents=True)
     for name in web.RUNTIME_FILES:
         (folder / "runtime/dist" / name).write_text(name)
@@ -98,6 +99,7 @@ def test_a_safetensors_file_without_the_package_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("checkpoint, words", [
     ("latent.pt", "cannot hold a model of latents with its autoencoder; --to onnx, web and safetensors can"),
+    ("tuned.pt", "this model was tuned to few; --to onnx, web and safetensors can"),
     ("wide.pt", "whose first multiplier is 2, only 1; --to onnx, web and safetensors can"),
 ])
 def test_diffusers_refuses_what_it_cannot_hold(folder, checkpoint, words):
@@ -226,9 +228,8 @@ def test_the_description_gives_the_schedule_to_the_last_bit(folder):
     assert latents["latent"] and latents["clip_range"] == 3.5 and latents["guidance"] == 1 and latents["max_types"] == 0
 
 
-def test_the_description_of_a_tuned_model_names_its_sampler(tmp_path):
-    path = save_tiny_model(tmp_path / "tuned.pt", objective="consistency")
-    assert describe(Pipeline.load(path), "tuned")["samplers"] == ["consistency"]
+def test_the_description_of_a_tuned_model_names_its_sampler(folder):
+    assert describe(Pipeline.load(folder / "tuned.pt"), "tuned")["samplers"] == ["consistency"]
 
 
 def test_the_training_command_of_the_card_is_one(monkeypatch):

@@ -185,6 +185,22 @@ def test_what_kills_left_is_cleared_and_an_old_folder_restored(tmp_path):
     assert names(tmp_path) == ["x"]
 
 
+def test_what_a_kill_leaves_of_an_old_folder_is_no_obstacle(tmp_path, monkeypatch):
+    """Whatever is removed first, the manifest goes last."""
+    export(tmp_path / "x", "old")
+
+    def die(folder, *_, **__):
+        raise SystemExit(137)
+
+    monkeypatch.setattr("shutil.rmtree", die)
+    with pytest.raises(SystemExit):
+        export(tmp_path / "x", "new")
+    assert (tmp_path / ".x.old" / MANIFEST).is_file() and (tmp_path / "x/sub/a.txt").read_text() == "new"
+    monkeypatch.undo()
+    export(tmp_path / "x", "newer")
+    assert names(tmp_path) == ["x"] and (tmp_path / "x/sub/a.txt").read_text() == "newer"
+
+
 def add_to_an_export(path: Path) -> None:
     export(path, "old")
     (path / "sub/.mine").write_text("mine")

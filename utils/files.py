@@ -61,7 +61,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         _check_empty(temporary)
     for left_over in (temporary, old):
         if left_over.exists():
-            shutil.rmtree(left_over)
+            _remove(left_over)
     temporary.mkdir(parents=True)
     try:
         (temporary / MANIFEST).touch()  # from here on a kill leaves a folder that is known as ours
@@ -79,9 +79,12 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
                 os.replace(old, path)
             raise
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _remove(temporary)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        if old.is_dir():
+            _remove(old)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -105,9 +108,19 @@ def _check_empty(path: Path) -> None:
         return
     if path.is_symlink() or not path.is_dir():
         raise ValueError(f"{path} is a file; name a folder")
-    for content in sorted(path.iterdir()):
-        raise ValueError(f"{path} holds {content.name} and no {MANIFEST}, so it is no earlier export, and would be "
-                         f"lost; name another folder, or a new one")
+    if content := min(path.iterdir(), default=None):
+        raise ValueError(f"{path} holds {content.name} and no {MANIFEST}, the mark of an export, and would be lost; "
+                         f"name another folder, or a new one")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of ours; its manifest last, so that what a kill leaves of it is known as ours."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MANIFEST:
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def _is_there(path: Path) -> bool:

@@ -1,13 +1,13 @@
 // The page: its controls, and what happens when they are used.
 
-import { Problem, fetchModel } from "./download.js";
 import { fromRgb, pack, toPixels, unpack } from "./bytes.js";
+import { Problem, fetchModel } from "./download.js";
 import { Engine } from "./engine.js";
 import { dieIcon, typeButton } from "./parts.js";
-import { describe, savePng } from "./save.js";
 import { MAX_SEED, Noise } from "./random.js";
-import { canGuide, fit, fromHash, itemsOf, limits, list, samplerOf, toHash } from "./settings.js";
 import { addNoise, startOfDrawing } from "./sampler.js";
+import { describe, savePng } from "./save.js";
+import { canGuide, fit, fromHash, itemsOf, limits, list, samplerOf, toHash } from "./settings.js";
 import { Sketch } from "./sketch.js";
 import { Stage } from "./stage.js";
 import { inTrouble, note, say, show, trouble } from "./words.js";
@@ -16,14 +16,14 @@ const $ = (id) => document.getElementById(id);
 const SLIDERS = ["count", "frames", "guidance", "steps", "strength"];
 
 let model, stage, sketch;
-let isBuilt = false; // the controls are made, which happens once
+let isBuilt = false; // stage and controls are made, which happens once
 let settings; // what the controls say
 let drawn; // the settings of what the stage shows, and the items of its job
 let ready = false; // the network is loaded
-let drawWhenReady = false;
-let running = false;
-let links = 0; // opened so far
-let draws = 0; // begun so far
+let drawWhenReady = false; // for a link, or for "Try again" after a drawing that failed
+let running = false; // the worker is drawing
+let links = 0; // opened so far: of two that wait for something the later one counts
+let draws = 0; // begun so far, likewise
 const engine = new Engine(receive);
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ function ddimStep(alphaBar, x_0, x_t, t, s, eta) {
 /** Multistep consistency sampling (Song et al. 2023, algorithm 1): x_0 is the image, and all noise is put on anew. */
 function consistencyStep(alphaBar, x_0, x_t, t, s) {
   const abarS = s < 0 ? 1 : alphaBar[s];
-  return { mean: combine(Math.sqrt(abarS), x_0, 0, x_0), std: Math.sqrt(1 - abarS) };
+  return { mean: x_0.map((value) => Math.sqrt(abarS) * value), std: Math.sqrt(1 - abarS) };
 }
 
 /** lambda = ln(signal / noise); -Infinity for pure noise. */

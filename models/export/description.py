@@ -9,6 +9,11 @@ from models.pipeline import DEFAULT_GUIDANCE, Pipeline
 FORMAT = 1
 
 
+def is_tuned(pipeline: Pipeline) -> bool:
+    """Whether the network was tuned to few steps, and so is drawn by jumps alone."""
+    return pipeline.settings.get("objective") == "consistency"
+
+
 def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any]:
     """Return the content of a model.json: plain values.
 
@@ -20,7 +25,6 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
     channels, height, width = pipeline.space.shape(pipeline.image_size)
     sampler, steps = pipeline.default_sampler
     timesteps = pipeline.scheduler.num_timesteps
-    tuned = dict(samplers=["consistency"]) if pipeline.settings.get("objective") == "consistency" else {}
     return dict(
         format=FORMAT, name=name, latent=pipeline.space.is_latent,
         image_size=pipeline.image_size, channels=channels, height=height, width=width,
@@ -29,5 +33,6 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
         supports_guidance=pipeline.supports_guidance,
         sampler=dict(name=sampler, steps=steps), clip=True, clip_range=pipeline.space.latent_range,
         prediction=pipeline.prediction, timesteps=timesteps,
-        alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)], **tuned,
+        alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)],
+        **(dict(samplers=["consistency"]) if is_tuned(pipeline) else {}),
     )

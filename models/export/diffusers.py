@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from models.export.card import Card, card_text, draw_samples
+from models.export.description import is_tuned
 from models.pipeline import Pipeline
 from unet import UNet
 from utils.errors import UserError, first_line
@@ -88,6 +89,8 @@ def check_expressible(pipeline: Pipeline, max_types: int) -> None:
     config, others = pipeline.net.config, "--to onnx, web and safetensors can"
     if pipeline.space.is_latent:
         raise UserError(f"diffusers' DDPMPipeline cannot hold a model of latents with its autoencoder; {others}")
+    if is_tuned(pipeline):
+        raise UserError(f"diffusers' DDPMPipeline takes many small steps, and this model was tuned to few; {others}")
     if type(pipeline.net) is not UNet:
         raise UserError(f"diffusers cannot hold a network of this kind, {type(pipeline.net).__name__}; {others}")
     if config.multipliers[0] != 1:

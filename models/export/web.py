@@ -41,11 +41,10 @@ def write_web(pipeline: Pipeline, name: str, folder: Path, runtime: Path | None 
         raise UserError(f"there is no page at {PAGE}; get it from the repository")
     if PAGE in (folder.resolve(), *folder.resolve().parents):
         raise ValueError(f"--output {folder} is the page's own source; name another folder")
-    page = [path for path in sorted(PAGE.iterdir()) if not path.name.startswith(".")]
     with replacing_folder(folder) as temporary:
-        for path in page:
-            copy = shutil.copytree if path.is_dir() else shutil.copyfile
-            copy(path, temporary / path.name)
+        for path in PAGE.iterdir():
+            if path.is_file() and not path.name.startswith("."):  # an editor's or the system's own
+                shutil.copyfile(path, temporary / path.name)
         (temporary / "ort").mkdir()
         for file_name, content in read_runtime(runtime).items():
             (temporary / "ort" / file_name).write_bytes(content)

@@ -191,7 +191,7 @@ def test_dark_mode_and_reduced_motion(page):
                                                             { childList: true });""")
     open_link(page, "#n=1&steps=6&seed=2")
     assert page.evaluate("shown") == 1 and drawn_part(pixels(page)) > 0.1  # the creature, and no flicker before
-    page.emulate_media(color_scheme=None, reduced_motion=None)
+    page.emulate_media(color_scheme="null", reduced_motion="null")  # the defaults again; None would leave them
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -215,7 +215,8 @@ def test_decodings_end_with_their_worker(page):
         window.Worker = class { postMessage() {} terminate() {} };
         const messages = [];
         const engine = new Engine((message) => messages.push(message.kind));
-        const end = (promise) => promise.then(() => "resolved", () => "rejected");
+        const late = () => new Promise((resolve) => setTimeout(resolve, 1000, "open"));
+        const end = (promise) => Promise.race([promise.then(() => "resolved", () => "rejected"), late()]);
         engine.load({});
         const ends = [await end(engine.decode([]))];
         engine.worker.onmessage({ data: { kind: "ready" } });
