@@ -116,6 +116,16 @@ def test_a_morph_leads_from_one_seed_to_the_other(page):
     assert drawn_part(ways[1]) > 0.2 and len({way.tobytes() for way in ways}) == 3
 
 
+def test_a_tuned_model_draws_in_few_jumps(visit, site):
+    described = json.loads((site / "model/model.json").read_text())
+    described |= dict(sampler=dict(name="consistency", steps=2), samplers=["consistency"])
+    page = visit("#n=1&seed=5", broken={"model/model.json": json.dumps(described)})
+    text_of(page, "status", DONE)
+    assert page.locator("#time").get_attribute("max") == "2" and page.locator("#steps").get_attribute("max") == "8"
+    assert page.locator("#notes").is_hidden() and len(np.unique(pixels(page))) > 50
+    page.context.close()
+
+
 def test_the_keyboard_alone(page):
     """A type, a drawing and a creature without a pointer."""
     open_link(page, "#n=2&steps=1")
@@ -180,6 +190,7 @@ def test_a_phone(page):
 
 
 def test_dark_mode_and_reduced_motion(page):
+    open_link(page, "#n=1&steps=1")  # before anything is drawn, captions are those of the settings' noise
     for scheme, bright in (("light", True), ("dark", False)):
         page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
         background = page.evaluate("getComputedStyle(document.body).backgroundColor")
