@@ -79,6 +79,8 @@ def run_notebook(path: Path, short: bool) -> Any:
     client = nbclient.NotebookClient(book, timeout=None, resources={"metadata": {"path": str(path.resolve().parent)}})
     client.km = client.create_kernel_manager()
     client.km.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    if os.name == "posix":
+        client.km.transport = "ipc"  # sockets of this user alone
     numbers = [i for i, cell in enumerate(book.cells) if cell.cell_type == "code"]
     with environment(**{SHORT: "1" if short else ""}), client.setup_kernel():
         for count, i in enumerate(numbers, 1):
@@ -108,7 +110,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 def last_line(source: str) -> str:
     """Return the last line of a cell that is not indented, by which its reader knows it."""
-    return [line for line in source.splitlines() or [""] if line.strip() and line[0] not in " )"][-1:][0][:70]
+    return [line for line in source.splitlines() or [""] if line.strip() and line[0] not in " )]}"][-1:][0][:70]
 
 
 def failure(about: str, cell: Any, error: Exception | None) -> UserError:
