@@ -76,11 +76,10 @@ def run_notebook(path: Path, short: bool) -> Any:
         book = nbformat.read(path, as_version=4)
     except Exception as error:  # a damaged file makes nbformat raise nearly anything
         raise UserError(f"cannot read {path}: it is no notebook, or a damaged one") from error
-    client = nbclient.NotebookClient(book, timeout=None, resources={"metadata": {"path": str(path.resolve().parent)}})
+    client = nbclient.NotebookClient(book, timeout=None, startup_timeout=300,
+                                     resources={"metadata": {"path": str(path.resolve().parent)}})
     client.km = client.create_kernel_manager()
     client.km.kernel_spec.argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    if os.name == "posix":
-        client.km.transport = "ipc"  # sockets of this user alone
     numbers = [i for i, cell in enumerate(book.cells) if cell.cell_type == "code"]
     with environment(**{SHORT: "1" if short else ""}), client.setup_kernel():
         for count, i in enumerate(numbers, 1):

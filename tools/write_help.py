@@ -38,6 +38,7 @@ COMMANDS = {
     "-m tools.plot_forward": "plot_forward.txt",
     "-m tools.toy": "toy.txt",
     "-m tools.theory_figures": "theory_figures.txt",
+    "-m tools.run_notebook": "run_notebook.txt",
 }
 
 
