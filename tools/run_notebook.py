@@ -32,8 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs/pokediff.ipynb"
 REQUIREMENTS = "requirements-notebook.txt"
 SHORT = "POKEDIFF_SHORT"  # the environment variable that the notebook's first cell reads
-WIDEST = 800  # pixels of a rendered image; wider ones are scaled down
-QUALITY = 80  # of JPEG
+WIDEST = 680  # pixels of a rendered image; wider ones are scaled down
+ENOUGH = 20_000  # bytes of a rendered image, if one of these looks gives as few:
+LOOKS = ((256, 85), (128, 75), (64, 65), (32, 55))  # colours of a PNG, quality of a JPEG
 SHOWN = 2000  # characters of a failed cell's output
 FOREIGN = re.compile(r"(?:/home|/root|/tmp|/usr|/Users|/work|/content)/[\w.]|\b[A-Z]:\\")  # begins a machine's path
 
@@ -135,7 +136,7 @@ def write_notebook(book: Any, path: Path) -> None:
     for cell in book.cells:
         cell.metadata = {}
         if cell.cell_type == "code":
-            cell.outputs = [tidy_output(output) for output in cell.outputs]
+            cell.outputs = [tidy_output(output) for output in joined_streams(cell.outputs)]
             for output in cell.outputs:
                 if found := FOREIGN.search(str(output.get("text", "")) + str(output.get("data", {}).get("text/plain"))):
                     raise UserError(f"an output shows a path of this machine, at {found[0]!r}, in the cell that ends "
@@ -144,6 +145,18 @@ def write_notebook(book: Any, path: Path) -> None:
                      "language_info": {"name": "python"}}
     with replacing(path) as temporary:
         temporary.write_text(nbformat.writes(book) + "\n", encoding="utf-8", newline="\n")
+
+
+def joined_streams(outputs: list[Any]) -> list[Any]:
+    """Return a cell's outputs with pieces of the same stream made one: a progress bar comes in hundreds."""
+    joined: list[Any] = []
+    for output in outputs:
+        before = joined[-1] if joined else None
+        if before and output.output_type == before.output_type == "stream" and output.name == before.name:
+            before.text += output.text
+        else:
+            joined.append(output)
+    return joined
 
 
 def tidy_output(output: Any) -> Any:
@@ -167,19 +180,23 @@ def tidy_text(text: str) -> str:
 
 
 def shrink(data: bytes) -> tuple[str, bytes]:
-    """Return an image file with the fewest bytes that still looks well, and its MIME type.
+    """Return an image file of few bytes, and its MIME type.
 
-    Few colours and sharp edges want a PNG with a palette, anything else a JPEG.
+    The smaller of a PNG with a palette, for few colours and sharp edges, and a JPEG, in the first of LOOKS that is small
+    enough.
     """
     image = Image.open(io.BytesIO(data)).convert("RGB")
     if image.width > WIDEST:
         image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
-    png, jpeg = io.BytesIO(), io.BytesIO()
-    image.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(png, "PNG", optimize=True)
-    image.save(jpeg, "JPEG", quality=QUALITY, optimize=True)
-    candidates = {"image/png": png.getvalue(), "image/jpeg": jpeg.getvalue()}
-    kind = min(candidates, key=lambda kind: len(candidates[kind]))
-    return kind, candidates[kind]
+    for colours, quality in LOOKS:
+        png, jpeg = io.BytesIO(), io.BytesIO()
+        few = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(png, "PNG", optimize=True)
+        image.save(jpeg, "JPEG", quality=quality, optimize=True)
+        kind, file = min(("image/png", png), ("image/jpeg", jpeg), key=lambda candidate: candidate[1].tell())
+        if file.tell() <= ENOUGH:
+            break
+    return kind, file.getvalue()
 
 
 if __name__ == "__main__":
