@@ -110,7 +110,8 @@ def environment(**variables: str) -> Iterator[None]:
 
 def last_line(source: str) -> str:
     """Return the last line of a cell that is not indented, by which its reader knows it."""
-    return [line for line in source.splitlines() or [""] if line.strip() and line[0] not in " )]}"][-1:][0][:70]
+    lines = [line for line in source.splitlines() if line and line[0] not in " )]}"]
+    return lines[-1][:70] if lines else ""
 
 
 def failure(about: str, cell: Any, error: Exception | None) -> UserError:
