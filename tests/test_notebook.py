@@ -196,7 +196,7 @@ def test_a_notebook_is_rendered_small_and_clean(small, capsys, short):
     assert "".join(second["text"]) == "done  docs\n"
     (kind, data), = third["data"].items()
     image = Image.open(io.BytesIO(base64.b64decode("".join(data))))
-    assert image.size == (680, 170) and image.get_format_mimetype() == kind
+    assert image.size == (540, 135) and image.get_format_mimetype() == kind
     assert all(cell["metadata"] == {} for cell in book["cells"])
     assert [cell["execution_count"] for cell in book["cells"]] == [1, 2, 3]
     assert "wrote" in capsys.readouterr().out

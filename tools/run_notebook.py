@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "docs/pokediff.ipynb"
 REQUIREMENTS = "requirements-notebook.txt"
 SHORT = "POKEDIFF_SHORT"  # the environment variable that the notebook's first cell reads
-WIDEST = 680  # pixels of a rendered image; wider ones are scaled down
-ENOUGH = 20_000  # bytes of a rendered image, if one of these looks gives as few:
-LOOKS = ((256, 85), (128, 75), (64, 65), (32, 55))  # colours of a PNG, quality of a JPEG
+WIDEST, SCALED = 740, 540  # pixels: rendered images wider than the first are scaled to the second
+ENOUGH = 15_000  # bytes of a rendered image, if one of these looks gives as few:
+LOOKS = ((256, 85), (128, 75), (64, 65), (32, 55), (16, 40))  # colours of a PNG, quality of a JPEG
 SHOWN = 2000  # characters of a failed cell's output
 FOREIGN = re.compile(r"(?:/home|/root|/tmp|/usr|/Users|/work|/content)/[\w.]|\b[A-Z]:\\")  # begins a machine's path
 
@@ -183,15 +183,15 @@ def tidy_text(text: str) -> str:
 def shrink(data: bytes) -> tuple[str, bytes]:
     """Return an image file of few bytes, and its MIME type.
 
-    The smaller of a PNG with a palette, for few colours and sharp edges, and a JPEG, in the first of LOOKS that is small
-    enough.
+    The smaller of a PNG with a palette, for few colours and sharp edges, and a JPEG, in the first of LOOKS that is
+    small enough.
     """
     image = Image.open(io.BytesIO(data)).convert("RGB")
     if image.width > WIDEST:
-        image = image.resize((WIDEST, round(image.height * WIDEST / image.width)), Image.Resampling.LANCZOS)
+        image = image.resize((SCALED, round(image.height * SCALED / image.width)), Image.Resampling.LANCZOS)
     for colours, quality in LOOKS:
         png, jpeg = io.BytesIO(), io.BytesIO()
-        few = image.quantize(colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few = image.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
         few.save(png, "PNG", optimize=True)
         image.save(jpeg, "JPEG", quality=quality, optimize=True)
         kind, file = min(("image/png", png), ("image/jpeg", jpeg), key=lambda candidate: candidate[1].tell())
