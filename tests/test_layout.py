@@ -16,7 +16,8 @@ from scripts import ROOT
 
 ROOT_NAMES = {
     "README.md", "DIFFUSION_THEORY.md", "LICENSE", "requirements.txt", "requirements-dev.txt",
-    "requirements-benchmark.txt", "requirements-evaluate.txt", "requirements-notebook.txt", "ruff.toml", ".ci", ".github", ".gitignore",
+    "requirements-benchmark.txt", "requirements-evaluate.txt",
+    "requirements-notebook.txt", "ruff.toml", ".ci", ".github", ".gitignore",
     "forward_diffusion.py", "unet.py", "reverse_diffusion.py", "train.py", "generate.py", "evaluate.py", "models",
     "training", "evaluation", "critters", "tools", "utils", "docs", "data", "outputs", "checkpoints", "tests",
 }
