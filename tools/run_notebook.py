@@ -43,7 +43,7 @@ FOREIGN = re.compile(r"(?:/home|/root|/tmp|/usr|/Users|/work|/content)/[\w.]|\b[
 class Settings:
     """The flags of this command."""
 
-    short: bool = setting(False, "few images and few steps: whether every cell runs, in under a minute")
+    short: bool = setting(False, "few images and few steps: whether every cell runs, in about a minute")
     output: str = setting("outputs/pokediff.ipynb", "notebook file to write")
 
 
