@@ -9,7 +9,7 @@ sampler is a step function and a line in `SAMPLERS`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,10 +79,44 @@ def sde_dpm_solver_step(scheduler: NoiseScheduler, x_0: torch.Tensor, x_t: torch
     return dpm_solver_step(scheduler, x_0, x_t, t, t_next, previous, eta=1.0)
 
 
+def consistency_step(scheduler: NoiseScheduler, x_0: torch.Tensor, x_t: torch.Tensor, t: int, t_next: int,
+                     previous: Previous | None = None) -> tuple[torch.Tensor, float]:
+    """Multistep consistency sampling (Song et al. 2023, algorithm 1): jump to the end, and put all noise on anew."""
+    abar_s = scheduler.alpha_bar(t_next)
+    return abar_s**0.5 * x_0, (1 - abar_s) ** 0.5
+
+
 def _half_log_snr(scheduler: NoiseScheduler, t: int) -> float:
     """Return lambda_t = ln(sqrt(alpha-bar_t) / sqrt(1 - alpha-bar_t)) for t >= 0; -inf for pure noise."""
     abar = scheduler.alpha_bar(t)
     return math.log(abar / (1 - abar)) / 2 if abar > 0 else -math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# timesteps
+
+
+def trailing_timesteps(num_timesteps: int, steps: int | None) -> list[int]:
+    """Return `steps` timesteps, evenly spaced and falling, the first at T-1 ("trailing", Lin et al. 2024, table 2)."""
+    steps = num_timesteps if steps is None else steps
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps must be in 1 ... {num_timesteps}, not {steps}")
+    return (np.round(num_timesteps - np.arange(steps) * (num_timesteps / steps)).astype(int) - 1).tolist()
+
+
+def consistency_timesteps(num_timesteps: int, steps: int | None) -> list[int]:
+    """Return `steps` falling timesteps, the first at T-1, for jumps: of 1000, 999 430 or 999 750 430 200.
+
+    Other numbers lie on the same curve, drawn straight between these.
+    """
+    steps = num_timesteps if steps is None else steps
+    if not 1 <= steps <= num_timesteps:
+        raise ValueError(f"steps must be in 1 ... {num_timesteps}, not {steps}")
+    i = np.arange(steps)
+    fractions = np.interp(i / steps, (0, 0.25, 0.5, 0.75, 1), (1, 0.75, 0.43, 0.2, 0))
+    timesteps = np.minimum(np.round(fractions * num_timesteps).astype(int), num_timesteps - 1)
+    timesteps = np.minimum.accumulate(timesteps + i) - i  # no timestep twice, for any number of steps
+    return np.maximum(timesteps, steps - 1 - i).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -99,6 +133,8 @@ class Sampler:
         deterministic: adds no noise, unless its options say so.
         options: keyword arguments of `step` that `sample` passes on.
         about: one line for people who choose.
+        timesteps: (T, steps) -> the timesteps to visit.
+        tuned: for a network that was tuned to consistency, and no other; all other samplers are for any other network.
     """
 
     step: Callable[..., tuple[torch.Tensor, float]]
@@ -106,6 +142,8 @@ class Sampler:
     deterministic: bool
     options: tuple[str, ...] = ()
     about: str = ""
+    timesteps: Callable[[int, int | None], list[int]] = trailing_timesteps
+    tuned: bool = False
 
 
 SAMPLERS: dict[str, Sampler] = {
@@ -113,6 +151,8 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim_step, 50, True, ("eta",), "deterministic, first order (Song et al. 2021)"),
     "dpm++": Sampler(dpm_solver_step, 20, True, (), "deterministic, second order (Lu et al. 2022)"),
     "sde-dpm++": Sampler(sde_dpm_solver_step, 20, False, (), "with noise, second order (Lu et al. 2022)"),
+    "consistency": Sampler(consistency_step, 2, False, (), "few jumps, for a network that was tuned to them (Song et "
+                           "al. 2023)", consistency_timesteps, tuned=True),
 }
 
 
@@ -187,7 +227,7 @@ def repeat_parts(path: list[tuple[int, int]], resample: int, jump: int | None = 
 def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: torch.Tensor, *,
            sampler: str = "ddpm", steps: int | None = None, prediction: str = "eps",
            labels: torch.Tensor | None = None, guidance: float = 1.0, start: int | None = None,
-           clip: bool | float = True, inpainting: Inpainting | None = None,
+           timesteps: Sequence[int] | None = None, clip: bool | float = True, inpainting: Inpainting | None = None,
            draw_noise: Callable[[], torch.Tensor] | None = None,
            callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
            **options: float | str) -> torch.Tensor:
@@ -204,6 +244,7 @@ def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: t
             (conditional - unconditional). 1 is the conditional output, in one pass; any other scale doubles the batch.
         start: the timestep of x_T, 0 ... T-1; None means T-1. Below that, x_T is an image to which
             `NoiseScheduler.add_noise` added that timestep's noise (SDEdit, Meng et al. 2022).
+        timesteps: the timesteps to visit, falling, in place of `steps` and `start`; None: as the sampler spaces them.
         clip: keep each predicted x_0 within [-1, 1], or within plus and minus another number; eps is derived again
             from the clipped x_0. Without it, the errors of an eps network at large t (multiplied by up to 157 on the
             linear schedule, and more on the cosine one) end as black or garish images.
@@ -216,14 +257,14 @@ def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: t
         Images, in [-1, 1] where `clip` is on, or in its range.
 
     Raises:
-        ValueError: for an unknown sampler, option or prediction, for steps or start out of range, for a number of
-            label rows other than B, for guidance that is not finite or has no labels, and for predicting eps from a
-            timestep of zero SNR.
+        ValueError: for an unknown sampler, option or prediction, for steps, start or timesteps out of range, for a
+            number of label rows other than B, for guidance that is not finite or has no labels, and for predicting eps
+            from a timestep of zero SNR.
     """
     chosen = find_sampler(sampler)
     if unknown := options.keys() - set(chosen.options):
         raise ValueError(f"sampler {sampler} has no option {', '.join(sorted(unknown))}")
-    path = _path(scheduler.num_timesteps, start, steps)
+    path = _path(scheduler.num_timesteps, start, steps, chosen.timesteps, timesteps)
     network = _guided(model, x_T, labels, guidance)
     draw_noise = draw_noise or (lambda: torch.randn_like(x_T))
 
@@ -254,12 +295,17 @@ def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: t
     return x_t
 
 
-def _path(num_timesteps: int, start: int | None, steps: int | None) -> list[tuple[int, int]]:
+def _path(num_timesteps: int, start: int | None, steps: int | None, space: Callable[[int, int | None], list[int]],
+          timesteps: Sequence[int] | None) -> list[tuple[int, int]]:
     """Return the steps (t, t_next) from `start` to the clean image, where t_next is -1. Raises ValueError."""
     start = num_timesteps - 1 if start is None else start
     if not 0 <= start < num_timesteps:
         raise ValueError(f"start must be in 0 ... {num_timesteps - 1}, not {start}")
-    timesteps = trailing_timesteps(start + 1, steps)
+    timesteps = space(start + 1, steps) if timesteps is None else list(timesteps)
+    falling = [num_timesteps, *timesteps, -1]
+    if not timesteps or not all(t > s for t, s in zip(falling, falling[1:])):
+        raise ValueError(f"timesteps must fall, from {num_timesteps - 1} or less to 0 or more, not "
+                         f"{' '.join(map(str, timesteps)) or '(none)'}")
     return list(zip(timesteps, timesteps[1:] + [-1]))
 
 
@@ -284,14 +330,6 @@ def _guided(model: Callable, x_T: torch.Tensor, labels: torch.Tensor | None, gui
         return unconditional + guidance * (conditional - unconditional)
 
     return network
-
-
-def trailing_timesteps(num_timesteps: int, steps: int | None) -> list[int]:
-    """Return `steps` timesteps, evenly spaced and falling, the first at T-1 ("trailing", Lin et al. 2024, table 2)."""
-    steps = num_timesteps if steps is None else steps
-    if not 1 <= steps <= num_timesteps:
-        raise ValueError(f"steps must be in 1 ... {num_timesteps}, not {steps}")
-    return (np.round(num_timesteps - np.arange(steps) * (num_timesteps / steps)).astype(int) - 1).tolist()
 
 
 def slerp(a: torch.Tensor, b: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:

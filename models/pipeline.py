@@ -85,6 +85,11 @@ class Pipeline:
     # what to draw, and how
 
     @property
+    def tuned(self) -> bool:
+        """Whether the network was tuned to consistency, and so is drawn by jumps alone."""
+        return self.settings.get("objective") == "consistency"
+
+    @property
     def default_sampler(self) -> tuple[str, int]:
         """The sampler and steps that the training chose for its grids, else the full reverse process."""
         if self._grid_settings == GRID_SAMPLER:
@@ -105,23 +110,40 @@ class Pipeline:
         """Fill in what is not given: the default sampler, and a sampler's own number of steps.
 
         Raises:
-            ValueError: for an unknown sampler, or steps out of 1 ... T.
+            ValueError: for an unknown sampler, one that is not for this network, or steps out of 1 ... T.
         """
         if sampler is None:
             sampler, own_steps = self.default_sampler
         else:
             own_steps = default_steps(sampler, self.scheduler.num_timesteps)
-        find_sampler(sampler)
+        if find_sampler(sampler).tuned != self.tuned:
+            raise ValueError(self._wrong_sampler(sampler))
         steps = own_steps if steps is None else steps
         if not 1 <= steps <= self.scheduler.num_timesteps:
             raise ValueError(f"--steps must be in 1 ... {self.scheduler.num_timesteps} for this checkpoint, not "
                              f"{steps}")
         return sampler, steps
 
+    def _wrong_sampler(self, sampler: str) -> str:
+        if not self.tuned:
+            return (f"--sampler {sampler} is for a model that was tuned to few steps, and this one was not: leave "
+                    f"--sampler out, or tune it with train.py --objective consistency")
+        return (f"--sampler {sampler} takes small steps, and this checkpoint was tuned to jump: leave --sampler out, "
+                f"or draw with the model it was tuned from ({self.settings.get('init')})")
+
+    @property
+    def built_in_guidance(self) -> float:
+        """The guidance scale that tuning has put into the conditional output; 1: none."""
+        return self.settings.get("teacher_guidance", 0.0) or 1.0
+
     @property
     def supports_guidance(self) -> bool:
-        """Whether the training dropped labels, so that guidance has an unconditional output to compare with."""
-        return bool(self.class_names) and self.settings.get("label_dropout", 0.1) > 0
+        """Whether the training dropped labels, so that guidance has an unconditional output to compare with.
+
+        False where guidance is built in: more of it would be guidance twice.
+        """
+        return (bool(self.class_names) and self.settings.get("label_dropout", 0.1) > 0
+                and self.built_in_guidance == 1)
 
     def check_guidance(self, guidance: float, labels: torch.Tensor | None) -> None:
         """Raise ValueError for a guidance scale that this model cannot follow."""
@@ -132,6 +154,9 @@ class Pipeline:
         if labels is None:
             raise ValueError(f"guidance strengthens types, and none is given: add --types, with one or more of "
                              f"{', '.join(self.class_names)}")
+        if self.built_in_guidance != 1:
+            raise ValueError(f"this checkpoint has guidance {self.built_in_guidance:g} built in by its training: leave "
+                             f"--guidance out")
         if not self.supports_guidance:
             raise ValueError("guidance compares with images of any type, and this checkpoint was trained with "
                              "--label_dropout 0, that is, without them: leave --guidance out")
@@ -176,7 +201,7 @@ class Pipeline:
             start: the timestep of x_T; None: the last.
             batch_size: images at a time; fewer if a GPU's memory does not suffice.
             callback: see `reverse_diffusion.sample`.
-            options: of the sampler, `clip`, and `inpainting` in the space of x_0.
+            options: of the sampler, `timesteps`, `clip`, and `inpainting` in the space of x_0.
 
         Raises:
             ValueError: as `choose_sampler`, `check_guidance` and `reverse_diffusion.sample` do, and for a number of

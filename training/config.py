@@ -108,8 +108,12 @@ class Launch:
             print(self.notice)
 
 
-def configure(config_class: type[ConfigT], presets: dict[str, dict], description: str, prog: str) -> Launch:
+def configure(config_class: type[ConfigT], presets: dict[str, dict], description: str, prog: str,
+              implied: dict[tuple[str, Any], dict] | None = None) -> Launch:
     """Read the command line of a training script.
+
+    Args:
+        implied: for a setting's name and value, other settings that go with it unless flags say otherwise.
 
     Raises:
         ValueError, CheckpointError: for settings that are out of range, or a run that cannot be begun or resumed.
@@ -117,7 +121,11 @@ def configure(config_class: type[ConfigT], presets: dict[str, dict], description
     given = _parse_flags(config_class, presets, description, prog)
     preset = presets[given.pop("preset", "reference")]
     resume = given.pop("resume", False)
-    run_name = given.get("run_name", config_class.run_name)
+    if not resume:
+        for (name, value), others in (implied or {}).items():
+            if ({**preset, **given}).get(name) == value:
+                preset = {**preset, **others}
+    run_name = given.get("run_name", preset.get("run_name", config_class.run_name))
     stopped = find_first_stage(run_name, config_class) if resume else None
     if stopped is not None:
         return Launch(settle({**preset, **given}, dict(config=stopped), config_class), None, resume)

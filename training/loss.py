@@ -1,10 +1,11 @@
 """The losses: what a network is trained to minimise, and the random numbers that a step needs for it.
 
     loss = DiffusionLoss(scheduler, space, image_size=64, precision="bf16")
-    randomness = loss.draw_randomness(16, generator)           # augmentation, timesteps, noise, label dropout
+    randomness = loss.draw_randomness(16, generator, step=0)   # augmentation, timesteps, noise, label dropout
     value = loss(net, images, labels, *randomness)             # scalar
 
-Both losses have these two methods, so the training step does not distinguish them.
+All losses have these two methods, so the training step does not distinguish them; ConsistencyLoss is in
+training/consistency.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class DiffusionLoss:
     label_dropout: float = 0.1
     lognormal: tuple[float, ...] = ()
 
-    def draw_randomness(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
         """Draw, for each image, the augmentation [B, 8], timestep [B], noise [B, C, H, W] and keep_label [B, 1]."""
         options = dict(generator=generator, device=generator.device)
         augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)
@@ -138,7 +139,7 @@ class AutoencoderLoss:
     edge_weight: float = 1.0
     kl_weight: float = 5e-3
 
-    def draw_randomness(self, batch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
         """Draw, for each image, the augmentation [B, 8] and the noise of its latents [B, *latent_shape]."""
         options = dict(generator=generator, device=generator.device)
         augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)

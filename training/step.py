@@ -89,13 +89,14 @@ class TrainingStep:
         self.rank_slice = dist.rank_slice(config.batch_size, config.grad_accum)
         self.generator = torch.Generator(device)
         self.has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in net.modules())
+        self.teacher: nn.Module | None = getattr(loss, "teacher", None)
         self._choose_how_to_run()
 
     # -----------------------------------------------------------------------------------------------------------------
     # before the first step
 
     def load_state(self, path: str | Path, checkpoint: dict[str, Any]) -> None:
-        """Restore network, EMA, optimizer, scaler and stats from the latest.pt at `path`.
+        """Restore network, EMA, optimizer, scaler, stats and a teacher from the latest.pt at `path`.
 
         Raises:
             CheckpointError: if they do not fit, or a weight is not finite.
@@ -103,6 +104,8 @@ class TrainingStep:
         try:
             self.raw_net.load_state_dict(checkpoint["model"])
             self.ema.load_state_dict(checkpoint["ema"])
+            if self.teacher is not None:
+                self.teacher.load_state_dict(checkpoint["teacher"])
             _load_adam(self.optimizer, checkpoint["optimizer"]["state"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:  # else this run or the one before needs none
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -110,12 +113,14 @@ class TrainingStep:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not fit the network that its own settings describe; choose another "
                                   f"file") from error
-        check_finite(path, self.raw_net, self.ema)
+        check_finite(path, self.raw_net, self.ema, *([] if self.teacher is None else [self.teacher]))
 
     def state(self) -> dict[str, Any]:
         """Return what `load_state` restores, less the EMA."""
-        return dict(model=self.raw_net.state_dict(), optimizer=self.optimizer.state_dict(),
-                    scaler=self.scaler.state_dict(), stats=asdict(self.stats()))
+        state = dict(model=self.raw_net.state_dict(), optimizer=self.optimizer.state_dict(),
+                     scaler=self.scaler.state_dict(), stats=asdict(self.stats()))
+        # A run must not depend on the file that its teacher came from.
+        return state if self.teacher is None else state | dict(teacher=self.teacher.state_dict())
 
     def begin(self) -> None:
         """Prepare the first step, after anything was restored; the processes must have met."""
@@ -134,7 +139,7 @@ class TrainingStep:
         try:  # forward and backward, so that what cannot be compiled is known now
             count = (self.rank_slice.stop - self.rank_slice.start) // self.config.grad_accum
             images, labels = (x[:1].to(self.device).repeat(count, *[1] * (x.ndim - 1)) for x in (images, labels))
-            randomness = self.loss.draw_randomness(self.config.batch_size, self.generator.manual_seed(0))
+            randomness = self.loss.draw_randomness(self.config.batch_size, self.generator.manual_seed(0), 0)
             self.loss(self.net, images, labels, *(x[:count] for x in randomness)).backward()
         except Exception as error:  # a compiler can be missing, or fail, in more ways than have a name
             print(f"note: torch.compile does not work here ({first_line(error)}); continuing without")
@@ -166,7 +171,7 @@ class TrainingStep:
         """
         config = self.config
         generator = self.generator.manual_seed(seed_from(config.seed, number, stream="step"))
-        randomness = self.loss.draw_randomness(config.batch_size, generator)
+        randomness = self.loss.draw_randomness(config.batch_size, generator, number)
         rate = learning_rate(config, number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
