@@ -4,6 +4,7 @@
     python generate.py --checkpoint checkpoints/final_model.pt --num_images 64
     python generate.py --types "fire flying" --guidance 3             # classes, and how strongly
     python generate.py --types all                                    # a row per type
+    python generate.py --checkpoint checkpoints/few_steps/final_model.pt --timesteps 999 430 # a tuned model's jumps
     python generate.py --gif                                          # also how the images emerge from the noise
     python generate.py --interpolate 3 8                              # from the image of one seed to that of another
     python generate.py --init_image drawing.png --strength 0.6        # from an image of yours
@@ -63,13 +64,15 @@ class Settings:
                                   + " (default: the checkpoint's own, if its training chose one; else ddpm)",
                                   tuple(SAMPLERS), kind=str)
     steps: int | None = setting(None, "network passes per image, up to the checkpoint's timesteps (default: with "
-                                      "--sampler, all for ddpm, 50 for ddim, 20 for the others; else the "
-                                      "checkpoint's)", kind=int, above=0)
+                                      "--sampler, all for ddpm, 50 for ddim, 2 for consistency, 20 for the "
+                                      "others; else the checkpoint's)", kind=int, above=0)
+    timesteps: tuple[int, ...] = setting((), "the timesteps to visit, falling, instead of --steps, as 999 430 "
+                                             "(default: as the sampler spaces its steps)", least=0)
     seed: int = seed_setting("image i is drawn from seed + i")
     batch_size: int = setting(64, "images at a time; fewer need less memory", above=0)
     interpolate: tuple[int, int] | None = setting(
-        None, "walk from the image of seed A to that of seed B, as dpm++ or ddim draws them: a strip and a GIF",
-        kind=int, count=2, metavar=("A", "B"), least=0, most=MAX_SEED)
+        None, "walk from the image of seed A to that of seed B, as dpm++ or ddim draws them, or a tuned model: a strip "
+        "and a GIF", kind=int, count=2, metavar=("A", "B"), least=0, most=MAX_SEED)
     init_image: Path | None = setting(None, "image-to-image: start from this image (centre-cropped) plus noise; runs "
                                             "the last STRENGTH of the steps", kind=Path, metavar="FILE")
     strength: float | None = setting(None, "how far --init_image may change, above 0 and up to 1 (default: "
@@ -98,6 +101,7 @@ class Plan:
     x_T: torch.Tensor | None = None  # to start from, [N, C, H, W]; None: the seeds' own noise
     start: int | None = None  # the timestep of x_T; None: the last
     inpainting: dict[str, Any] = field(default_factory=dict)  # image, redraw, resample of `Pipeline.inpaint`; or none
+    options: dict[str, Any] = field(default_factory=dict)  # further ones of `Pipeline.sample`
 
 
 def main() -> None:
@@ -112,8 +116,8 @@ def main() -> None:
         pipeline = Pipeline.load(checkpoint, device, args.precision)
 
         # Decide what to draw, and how.
-        plan = make_plan(args, pipeline)
         sampler, steps = choose_sampler(args, pipeline)
+        plan = make_plan(args, pipeline)
         settings: dict[str, Any] = dict(checkpoint=Path(checkpoint).name, sampler=sampler, steps=steps)
         if args.init_image:
             strength = choose_strength(args)
@@ -121,6 +125,8 @@ def main() -> None:
             steps = max(1, round(strength * steps))
         if args.mask:
             settings |= dict(mask=args.mask.name, resample=plan.inpainting["resample"])
+        if args.timesteps:
+            settings |= dict(timesteps=list(args.timesteps))
         if args.interpolate:
             settings |= dict(interpolate=list(args.interpolate))
         guidance = choose_guidance(args, plan, pipeline)
@@ -152,6 +158,9 @@ def check(args: Settings) -> None:
         raise ValueError("--strength needs --init_image FILE, the image to start from")
     if args.mask and not args.init_image:
         raise ValueError("--mask needs --init_image FILE, the image of which it shows the part to draw anew")
+    if args.timesteps and (args.steps or args.init_image):
+        raise ValueError("--timesteps goes without --steps, which it replaces, and without --init_image, whose "
+                         "--strength says where to begin")
     if args.resample is not None and not args.mask:
         raise ValueError("--resample needs --mask FILE, the part of --init_image to draw anew")
 
@@ -193,7 +202,8 @@ def plan_interpolation(args: Settings, pipeline: Pipeline, types: tuple[str, ...
     count = args.num_images or 16
     weights = [i / max(1, count - 1) for i in range(count)]
     x_T = torch.stack([slerp(first, last, weight) for weight in weights])
-    return Plan([args.interpolate[0]] * count, [types] * count, count, x_T=x_T)
+    return Plan([args.interpolate[0]] * count, [types] * count, count, x_T=x_T,
+                options=dict(toward=(args.interpolate[1], weights)))
 
 
 def start_from_image(args: Settings, plan: Plan, pipeline: Pipeline) -> None:
@@ -255,14 +265,15 @@ def read_mask(path: Path, image_shape: tuple[int, int], image_size: int) -> torc
 def choose_sampler(args: Settings, pipeline: Pipeline) -> tuple[str, int]:
     """Return the sampler and its steps.
 
-    For --interpolate it is a deterministic one, so that the ends are the images of the two seeds.
+    For --interpolate it is a deterministic one, so that the ends are the images of the two seeds. A tuned model has but
+    one sampler; the noise of its few jumps follows the arc between the two seeds'.
     """
-    if not args.interpolate:
-        return pipeline.choose_sampler(args.sampler, args.steps)
-    sampler = args.sampler or "dpm++"
-    if not SAMPLERS[sampler].deterministic:
-        raise ValueError("--interpolate needs a sampler that adds no noise: --sampler dpm++ or ddim")
-    return pipeline.choose_sampler(sampler, args.steps)
+    sampler = args.sampler
+    if args.interpolate and not pipeline.tuned:
+        sampler = sampler or "dpm++"
+        if not SAMPLERS[sampler].deterministic:
+            raise ValueError("--interpolate needs a sampler that adds no noise: --sampler dpm++ or ddim")
+    return pipeline.choose_sampler(sampler, len(args.timesteps) or args.steps)
 
 
 def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> float:
@@ -307,21 +318,23 @@ def count_passes(plan: Plan, steps: int) -> int:
 
 
 def draw(pipeline: Pipeline, plan: Plan, args: Settings, sampler: str, steps: int, guidance: float
-         ) -> tuple[torch.Tensor, dict[int, list[torch.Tensor]]]:
+         ) -> tuple[torch.Tensor, dict[float, list[torch.Tensor]]]:
     """Draw the images, and the frames of the animation: for some steps, the x_t of each batch as uint8."""
-    frames: dict[int, list[torch.Tensor]] = {}
+    frames: dict[float, list[torch.Tensor]] = {}
     passes = count_passes(plan, steps)
     every = math.ceil(passes / GIF_FRAMES)
     with tqdm(total=passes * math.ceil(len(plan.seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
         def after_step(i: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
             bar.update()
             if args.gif and i % every == 0 and i < passes - 1:
+                if pipeline.tuned:  # each jump lands on an image
+                    frames.setdefault(i - 0.5, []).append(to_uint8(pipeline.decode(x_0)))
                 frames.setdefault(i, []).append(to_uint8(pipeline.decode(x_t)))
 
         images = (pipeline.inpaint if plan.inpainting else pipeline.sample)(
             plan.seeds, **plan.inpainting, labels=pipeline.class_labels(plan.types) if any(plan.types) else None,
             guidance=guidance, sampler=sampler, steps=steps, x_T=plan.x_T, start=plan.start,
-            batch_size=args.batch_size, callback=after_step,
+            batch_size=args.batch_size, callback=after_step, timesteps=args.timesteps or None, **plan.options,
         )
     frames[passes] = [to_uint8(images)]
     return images, frames

@@ -18,7 +18,7 @@ from torch import nn
 
 from forward_diffusion import PREDICTIONS, NoiseScheduler
 from models.space import LatentSpace, PixelSpace, space_from_state
-from reverse_diffusion import Inpainting, default_steps, find_sampler, sample
+from reverse_diffusion import Inpainting, default_steps, find_sampler, sample, slerp
 from unet import UNet, UNetConfig
 from utils.checkpoint import CheckpointError, build_module, check_finite, load_checkpoint
 from utils.cuda_graph import CUDAGraphed
@@ -185,8 +185,8 @@ class Pipeline:
 
     def sample(self, seeds: Sequence[int], *, labels: torch.Tensor | None = None, guidance: float = 1.0,
                sampler: str | None = None, steps: int | None = None, x_T: torch.Tensor | None = None,
-               start: int | None = None, batch_size: int = 64, callback: Callable | None = None,
-               **options: Any) -> torch.Tensor:
+               start: int | None = None, toward: tuple[int, Sequence[float]] | None = None, batch_size: int = 64,
+               callback: Callable | None = None, **options: Any) -> torch.Tensor:
         """Draw images [N, 3, S, S] in [-1, 1], float32 on the CPU.
 
         Image i depends on seeds[i], labels[i] and x_T[i] alone, whatever batch it is in: to the last bit on CPUs
@@ -199,6 +199,8 @@ class Pipeline:
             sampler, steps: see `choose_sampler`.
             x_T: [N, *space.shape(image_size)], to start from; the seeds then determine only the noise of the steps.
             start: the timestep of x_T; None: the last.
+            toward: (seed, weights): the noise of image i's steps lies on the arc from that of seeds[i] (weight 0) to
+                that of this seed (weight 1), at weights[i]. None: it is that of seeds[i].
             batch_size: images at a time; fewer if a GPU's memory does not suffice.
             callback: see `reverse_diffusion.sample`.
             options: of the sampler, `timesteps`, `clip`, and `inpainting` in the space of x_0.
@@ -222,7 +224,8 @@ class Pipeline:
                 x_0 = sample(
                     self.denoise, self.scheduler, noise, sampler=sampler, steps=steps, prediction=self.prediction,
                     labels=None if labels is None else labels[part], guidance=guidance, start=start,
-                    draw_noise=_seeded_steps(noise, seeds[part]), callback=callback, **options,
+                    draw_noise=_seeded_steps(noise, seeds[part], toward and (toward[0], toward[1][part])),
+                    callback=callback, **options,
                 )
             except torch.OutOfMemoryError:
                 if len(noise) == 1:
@@ -246,7 +249,13 @@ class Pipeline:
             redraw: boolean [S, S], true where the image is drawn anew.
             resample, jump: see `reverse_diffusion.Inpainting`.
             options: as `sample` has them.
+
+        Raises:
+            ValueError: for a tuned model, whose few jumps leave new and kept parts no time to meet; and as `sample`.
         """
+        if self.tuned:
+            raise ValueError(f"--mask needs many small steps, and this checkpoint was tuned to jump: draw with the "
+                             f"model it was tuned from ({self.settings.get('init')})")
         cells = F.max_pool2d(redraw[None].float(), self.space.factor) > 0
         x_0 = self.encode(image[None])
         inpainting = Inpainting(x_0.to(self.device), cells.to(self.device), resample, jump)
@@ -284,14 +293,22 @@ def in_full_batches(precision: str, function: Callable, *inputs: torch.Tensor) -
         return function(x.contiguous(memory_format=memory_format(device)), *others)[:n]
 
 
-def _seeded_steps(x_T: torch.Tensor, seeds: Sequence[int]) -> Callable[[], torch.Tensor]:
-    """Return a function that draws the noise of the next step, shaped as x_T, image i from seeds[i] alone."""
-    # Not seeded with the seed itself, which made x_T: the first step's noise would repeat x_T.
-    generators = [torch.Generator().manual_seed(seed_from(seed, stream="steps")) for seed in seeds]
+def _seeded_steps(x_T: torch.Tensor, seeds: Sequence[int], toward: tuple[int, Sequence[float]] | None
+                  ) -> Callable[[], torch.Tensor]:
+    """Return a function that draws the noise of the next step, shaped as x_T; see `Pipeline.sample` for the others."""
+    def noises(seeds: Sequence[int]) -> Callable[[], torch.Tensor]:
+        # Not seeded with the seed itself, which made x_T: the first step's noise would repeat x_T.
+        generators = [torch.Generator().manual_seed(seed_from(seed, stream="steps")) for seed in seeds]
+        return lambda: torch.stack([torch.randn(x_T.shape[1:], generator=generator, dtype=x_T.dtype)
+                                    for generator in generators])
+
+    draw = noises(seeds)
+    draw_end = noises([toward[0]]) if toward else None
 
     def draw_noise() -> torch.Tensor:
-        noise = torch.stack([torch.randn(x_T.shape[1:], generator=generator, dtype=x_T.dtype)
-                             for generator in generators])
+        noise = draw()
+        if draw_end is not None:
+            noise = slerp(noise, draw_end(), torch.tensor(toward[1], dtype=x_T.dtype).view(-1, 1, 1, 1))
         if x_T.is_cuda:  # from pinned memory nothing waits: the CPU draws while the GPU is busy with its pass
             noise = noise.pin_memory()
         return noise.to(x_T.device, non_blocking=x_T.is_cuda)

@@ -8,6 +8,7 @@ import torch
 
 from forward_diffusion import NoiseScheduler
 from models.exact import GaussianDenoiser
+from reverse_diffusion import SAMPLERS, sample
 
 MEAN = torch.tensor([[-0.6, -0.2], [0.1, 0.6]], dtype=torch.float64)
 STD = torch.tensor([[0.1, 0.25], [0.5, 0.35]], dtype=torch.float64)
@@ -55,3 +56,44 @@ def seeded_noise(x_T: torch.Tensor, seed: int = 1) -> Callable[[], torch.Tensor]
 def flow(scheduler: NoiseScheduler, x_t: torch.Tensor, t: int, s: int) -> torch.Tensor:
     """Follow the probability flow of those pixels from t to s."""
     return GaussianDenoiser(MEAN, STD, scheduler).flow(x_t, t, s)
+
+
+def exact_consistency(scheduler: NoiseScheduler, mean: torch.Tensor = MEAN, std: torch.Tensor = STD
+                      ) -> Callable[..., torch.Tensor]:
+    """Return the network, of v, whose predicted x_0 is where the probability flow of those pixels leads."""
+    def model(x_t: torch.Tensor, t: torch.Tensor, *_: torch.Tensor, **__: torch.Tensor) -> torch.Tensor:
+        exactly = GaussianDenoiser(mean, std, scheduler)
+        outputs = []
+        for x, u in zip(x_t.double(), t.tolist()):
+            abar = scheduler.alpha_bar(u)
+            outputs.append((abar**0.5 * x - exactly.flow(x, u, -1)) / (1 - abar) ** 0.5)
+        return torch.stack(outputs).to(x_t.dtype)
+
+    return model
+
+
+def law(scheduler: NoiseScheduler, mean: torch.Tensor = MEAN, std: torch.Tensor = STD, *, steps: int | None = None,
+        prediction: str = "x0", network: Callable | None = None, sampler: str = "ddpm", **options
+        ) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Compute (timestep s, mean, variance) of x_s after each step, from x_T with the mean and variance of q(x_T).
+
+    With the exact network, or any linear one, and without the clip, every step is linear: x_s is the sum of the
+    contributions of the mean of x_T, of x_T's deviation from it, and of each step's noise. One row of a batch follows
+    each of these; the rows are independent of each other, so the variance is the sum of their squares.
+    """
+    timesteps = SAMPLERS[sampler].timesteps(scheduler.num_timesteps, steps) + [-1]
+    abar_T, draws, path = scheduler.alpha_bar(timesteps[0]), iter(range(2, len(timesteps) + 1)), []
+    x_T = (abar_T**0.5 * mean).repeat(len(timesteps) + 1, 1, 1, 1)
+    x_T[1] += (abar_T * std**2 + 1 - abar_T) ** 0.5
+
+    def unit_noise():
+        noise = torch.zeros_like(x_T)
+        noise[next(draws)] = 1
+        return noise
+
+    def follow(i, x_s, x_0):
+        path.append((timesteps[i + 1], x_s[0, 0], ((x_s[1:] - x_s[0]) ** 2).sum(dim=0)[0]))
+
+    sample(network or exact(scheduler, prediction, mean, std), scheduler, x_T, steps=steps, prediction=prediction,
+           sampler=sampler, clip=False, draw_noise=unit_noise, callback=follow, **options)
+    return path

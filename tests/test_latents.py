@@ -99,6 +99,7 @@ def test_the_samplers_work_in_latent_space(space, dataset):
     pipeline = Pipeline(lambda x_t, t: x_0.expand_as(x_t), NoiseScheduler(50), space,
                         dict(image_size=16, prediction="x0"), (), CPU, "fp32")
     for sampler in SAMPLERS:
+        pipeline.settings["objective"] = "consistency" if SAMPLERS[sampler].tuned else "denoising"
         images = pipeline.sample([3, 4], sampler=sampler, steps=5)
         assert torch.allclose(images, space.decode(x_0).expand(2, -1, -1, -1), atol=1e-5)
 

@@ -114,7 +114,7 @@ def measure_sampling(trainer: PokeDiff, settings: Any, precisions: Sequence[str]
     pipelines = {precision: make_pipeline(trainer, settings.image_size, precision) for precision in precisions}
     forward, decoding = count_training_flops(trainer, settings.batch_size)[1], count_decoding_flops(trainer)
     results: dict[str, dict[str, Any]] = {precision: {} for precision in precisions}
-    for sampler in SAMPLERS:
+    for sampler in (name for name in SAMPLERS if not SAMPLERS[name].tuned):
         steps = default_steps(sampler, trainer.scheduler.num_timesteps)
         seconds: dict[str, list[float]] = {precision: [] for precision in precisions}
         for _ in range(settings.rounds):

@@ -122,7 +122,8 @@ def train_job(name: str, study: Study, run: str) -> Job:
 
 def sample_jobs(name: str, study: Study, run: str) -> list[Job]:
     """Return the jobs that draw a grid with each sampler, in its default number of steps, and one of each type."""
-    flags = {sampler: ["--num_images", str(GRID_SIZE), "--individual", "--sampler", sampler] for sampler in SAMPLERS}
+    flags = {name: ["--num_images", str(GRID_SIZE), "--individual", "--sampler", name]
+             for name, sampler in SAMPLERS.items() if not sampler.tuned}
     if "--labels none" not in configuration(study, run):
         flags["types"] = ["--types", "all", "--sampler", "ddpm"]
     checkpoint, folder = final_model(name, run), run_folder("outputs", f"{name}/{run}")

@@ -126,9 +126,9 @@ def arrows(axis: Axes, scores: torch.Tensor, amplitude: float) -> None:
 
 
 def draw_paths(path: Path, ink: Ink, scheduler: NoiseScheduler, model: Model, seed: int) -> None:
-    """Draw the way of a few points from noise to ink, with each sampler of the registry in its own number of steps."""
+    """Draw the way of a few points from noise to ink, with each sampler in its own number of steps."""
     starts = torch.tensor(STARTS)[:, :, None, None]
-    names = list(SAMPLERS)
+    names = [name for name, sampler in SAMPLERS.items() if not sampler.tuned]
     colours = [COLOURS[name] for name in ("blue", "orange", "green")]
     with drawing(path, 9, 3.45 * ((len(names) + 1) // 2)) as figure:
         axes = figure.subplots((len(names) + 1) // 2, 2, squeeze=False).ravel()
