@@ -113,37 +113,61 @@ def test_any_list_of_timesteps_has_it_too():
     assert calls == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3]
 
 
+def best_gains(scheduler: NoiseScheduler, std: torch.Tensor, gap: int) -> list[torch.Tensor]:
+    """Return, for t = -1 ... T-1, how far the best answer moves with x_t: it is the mean of the answers at x_r."""
+    gains = [torch.ones_like(std)]  # at t = -1 the image itself
+    for t in range(scheduler.num_timesteps):
+        r = t - math.ceil((t + 1) / gap)
+        abar_t, abar_r = scheduler.alpha_bar(t), scheduler.alpha_bar(r)
+        covariance = (abar_t * abar_r) ** 0.5 * std**2 + ((1 - abar_t) * (1 - abar_r)) ** 0.5
+        gains.append(gains[r + 1] * covariance / (abar_t * std**2 + 1 - abar_t))
+    return gains
+
+
 def test_a_finite_gap_asks_for_too_little_spread():
-    """The best answer at x_t is the mean of those at x_r: each gap multiplies the spread by a correlation."""
+    """Each stride multiplies the spread by a correlation; the table of DIFFUSION_THEORY.md has the products."""
     std, left = STD.flatten(), {}
     for gap in GAPS:
-        gain = torch.ones_like(std)  # of the answer at t = -1, the image itself
-        gains = [gain]
-        for t in range(1000):
-            r = t - math.ceil((t + 1) / gap)
-            (abar_t, abar_r) = (COSINE.alpha_bar(u) for u in (t, r))
-            variance = abar_t * std**2 + 1 - abar_t
-            covariance = (abar_t * abar_r) ** 0.5 * std**2 + ((1 - abar_t) * (1 - abar_r)) ** 0.5
-            gains.append(gains[r + 1] * covariance / variance)
-        left[gap] = gains[-1] * (COSINE.alpha_bar(999) * std**2 + 1 - COSINE.alpha_bar(999)) ** 0.5 / std
-        # A product of correlations.
+        last = COSINE.alpha_bar(999)
+        left[gap] = best_gains(COSINE, std, gap)[-1] * (last * std**2 + 1 - last) ** 0.5 / std
         t, product = 999, torch.ones_like(std)
         while t >= 0:
             r = t - math.ceil((t + 1) / gap)
-            product = product * correlation(std, t, r)
-            t = r
+            t, product = r, product * correlation(std, t, r)
         torch.testing.assert_close(left[gap], product, rtol=1e-9, atol=0)
     fractions = torch.stack(list(left.values()))
     assert (fractions.diff(dim=0) > 0).all() and (fractions[0] < 0.86).all() and (fractions[-1] > 0.98).all()
     for row in table_after(section(7), "| gap |"):
-        expected = [f"{value:.3f}" for value in left[int(row[0])].tolist()]
-        assert row[1:] == expected
+        assert row[1:] == [f"{value:.3f}" for value in left[int(row[0])].tolist()]
 
 
 def correlation(std: torch.Tensor, t: int, r: int) -> torch.Tensor:
     abar_t, abar_r = COSINE.alpha_bar(t), COSINE.alpha_bar(r)
     covariance = (abar_t * abar_r) ** 0.5 * std**2 + ((1 - abar_t) * (1 - abar_r)) ** 0.5
     return covariance / ((abar_t * std**2 + 1 - abar_t) * (abar_r * std**2 + 1 - abar_r)) ** 0.5
+
+
+@pytest.mark.parametrize("gap", [2, 6])
+def test_training_finds_the_best_answers(gap):
+    """Of a network with one number for each timestep."""
+    scheduler, std = NoiseScheduler(12, schedule="cosine"), torch.tensor(0.5)
+    gains = torch.nn.Parameter(torch.ones(12))
+    abar = scheduler.alphas_cumprod[:, None, None, None]
+
+    def network(x_t, t, labels, augment_labels):
+        return (abar[t].sqrt() - gains[t][:, None, None, None]) / (1 - abar[t]).sqrt() * x_t
+
+    steps, optimizer = 600, torch.optim.Adam([gains], 0.05)
+    loss = make_loss(scheduler, gaps=(gap,), huber=1.0)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        augment_rand, t, noise, *others = loss.draw_randomness(240, generator, step)
+        images = std * torch.randn(240, 1, 1, 1, 1, generator=generator)
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        optimizer.zero_grad()
+        loss(network, images, torch.zeros(240, 0), augment_rand, t, noise[:, :1, :1, :1], *others).backward()
+        optimizer.step()
+    torch.testing.assert_close(gains.data, torch.stack(best_gains(scheduler, std, gap)[1:]).float(), rtol=0, atol=0.03)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

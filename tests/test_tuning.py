@@ -83,15 +83,6 @@ def test_two_processes_have_the_losses_of_one(teacher_folder):
     assert two == pytest.approx(one, rel=1e-4)
 
 
-def test_tuning_brings_the_predictions_along_a_path_together(teacher_folder):
-    """The loss at a gap of 16 falls by half or more, for a model that starts as the teacher."""
-    flags = [*tuning(teacher_folder), "--gaps", 16, "--epochs", 120, "--lr", "3e-3", "--sample_every", 1000,
-             "--clip_grad", 100, "--batch_size", 8]
-    assert call(train, *flags) == 0
-    losses = [float(row["loss"]) for row in metrics()]
-    assert np.mean(losses[-20:]) < 0.7 * np.mean(losses[:5])
-
-
 def test_it_works_in_the_latents_of_the_model_that_it_tunes():
     """With their own normalisation, whatever images there are, and without naming the autoencoder."""
     save_tiny_model(Path("latent.pt"), latent=True)
@@ -232,7 +223,8 @@ def test_an_interpolation_ends_at_the_images_of_the_two_seeds(steps):
     """The noise of the jumps follows the arc, too; in batches as well."""
     tuned_model("tuned.pt")
     flags = ["--checkpoint", "tuned.pt", "--device", "cpu", "--precision", "fp32", "--steps", steps, "--individual"]
-    assert call(generate, *flags, "--interpolate", 30, 2, "--num_images", 5, "--batch_size", 2, "--output", "w.png") == 0
+    walk = ["--interpolate", 30, 2, "--num_images", 5, "--batch_size", 2, "--output", "w.png"]
+    assert call(generate, *flags, *walk) == 0
     for seed, step in ((30, 0), (2, 4)):
         assert call(generate, *flags, "--seed", seed, "--num_images", 1, "--output", "end.png") == 0
         end = np.asarray(Image.open(f"end/seed_{seed:06d}.png")).astype(int)

@@ -35,7 +35,7 @@ def save_tiny_model(path: Path, types: Sequence[str] = (), *, prediction: str = 
     save_checkpoint(path, ema=net.state_dict(), network=dict(kind="unet", config=asdict(net.config)), types=list(types),
                     scheduler=NoiseScheduler(100, schedule=schedule).config(), held_out=[], epoch=3, step=12, **content,
                     config=dict(data="critters", image_size=16, prediction=prediction, multipliers=tuple(multipliers),
-                                sampler="sde-dpm++", sample_steps=20, run_name="tiny", **settings))
+                                sampler="sde-dpm++", sample_steps=20, run_name="tiny") | settings)
     return path
 
 

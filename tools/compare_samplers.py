@@ -1,11 +1,13 @@
 """Compare samplers: distance of the samples to real images, for each sampler and number of steps.
 
     python -m tools.compare_samplers --checkpoint checkpoints/critters.pt    # an hour on two cores, minutes on a GPU
+    python -m tools.compare_samplers --checkpoint checkpoints/final_model.pt --tuned checkpoints/few_steps/final_model.pt
 
 Needs a model of critters, because critters that it was not trained on can be drawn in any number. Sample i has the
 types of unseen critter i and the same seed with every sampler, so that the difference between two samplers has a
-smaller error than either distance, most of which comes from the choice of critters. Writes outputs/samplers.png (plot),
-.md (table) and .json (all values). A run that was stopped continues with what is missing in the .json.
+smaller error than either distance, most of which comes from the choice of critters. With --tuned, the few steps of a
+tuned model are compared with those of the model it was tuned from. Writes outputs/samplers.png (plot), .md (table) and
+.json (all values). A run that was stopped continues with what is missing in the .json.
 """
 
 from __future__ import annotations
@@ -55,12 +57,19 @@ STEPS = {"ddpm": (20, 50, 100, 1000), "ddim": (5, 10, 20, 50, 100), "dpm++": (5,
 VARIANTS = (Variant("ddpm, beta", "ddpm", (50, 100), dict(variance="beta")),)
 BASELINE = ("ddpm", 1000)  # the differences in the table are to this one
 
+# With --tuned these curves are compared, and these pairs of their points.
+FEW_STEPS = (Variant("consistency", "consistency", (1, 2, 4)), Variant("sde-dpm++", "sde-dpm++", (2, 4, 8, 20)),
+             Variant("ddpm", "ddpm", (1000,)))
+PAIRS = ((("consistency", 2), ("sde-dpm++", 8)), (("consistency", 4), ("sde-dpm++", 20)))
+
 
 @dataclass
 class Settings:
     """The flags of this command."""
 
     checkpoint: str = setting("checkpoints/critters.pt", "checkpoint of a model of critters")
+    tuned: str = setting("", "checkpoint of the same model tuned to consistency, to compare few steps of both (default: "
+                             "compare the samplers of an untuned model)")
     num_images: int = setting(192, "samples for each sampler and number of steps", least=64)
     seed: int = seed_setting("seed of the first sample; the others follow")
     output: str = setting("outputs/samplers", "path of the files to write, without suffix")
@@ -72,7 +81,12 @@ def main() -> None:
         settings = parse(Settings, "Measure the distance of samples to unseen critters, for each sampler and number of "
                          "steps.", prog="python -m tools.compare_samplers")
         pipeline = Pipeline.load(settings.checkpoint, pick_device(settings.device))
-        check(settings, pipeline)
+        check(settings.checkpoint, pipeline)
+        pipelines = {False: pipeline}  # by whether they are tuned
+        if settings.tuned:
+            pipelines[True] = Pipeline.load(settings.tuned, pick_device(settings.device))
+            check(settings.tuned, pipelines[True], tuned=True)
+        variants = FEW_STEPS if settings.tuned else compared_variants()
         output = Path(settings.output)
         results = load_results(output.with_suffix(".json"), settings, pipeline)
 
@@ -86,36 +100,42 @@ def main() -> None:
         # Measure what is missing.
         results["real"] = paired_distances(other, reference)
         measured = {(row["sampler"], row["steps"]) for row in results["rows"]}
-        for variant in compared_variants():
+        for variant in variants:
+            drawn_by = pipelines[SAMPLERS[variant.sampler].tuned]
             for steps in variant.steps:
                 if (variant.name, steps) not in measured:
-                    row = measure(pipeline, variant, steps, settings, pipeline.class_labels(types), reference)
+                    row = measure(drawn_by, variant, steps, settings, drawn_by.class_labels(types), reference)
                     results["rows"].append(row)
                     write_text(output.with_suffix(".json"), json.dumps(results, indent=1))
 
         # Report.
-        table = as_table(results)
+        table = as_table(results, variants)
+        if settings.tuned:
+            table += "\n\n" + "\n".join(compare_pair(results, *pair) for pair in PAIRS)
         write_text(output.with_suffix(".md"), table + "\n")
-        draw_plot(results, output.with_suffix(".png"))
+        draw_plot(results, variants, output.with_suffix(".png"))
         print(table)
         print(printable(f"wrote {output.with_suffix('.json')}, .md and .png"))
 
 
-def check(settings: Settings, pipeline: Pipeline) -> None:
-    """Raise ValueError for a model of something else, or of too few timesteps."""
+def check(path: str, pipeline: Pipeline, tuned: bool = False) -> None:
+    """Raise ValueError for a model of something else, of too few timesteps, or tuned where it should not be."""
     if sorted(pipeline.class_names) != sorted(TYPES):
-        raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
-                         f"python train.py --preset quick")
+        raise ValueError(f"{path} is not a model of critters with their types; train one: python train.py --preset "
+                         f"quick")
+    if pipeline.tuned != tuned:
+        raise ValueError(f"{path} is {'not ' if tuned else ''}tuned to few steps: --checkpoint takes the model before, "
+                         f"--tuned the one after")
     most = max(max(variant.steps) for variant in compared_variants())
     if most > pipeline.scheduler.num_timesteps:
-        raise ValueError(f"{settings.checkpoint} has {pipeline.scheduler.num_timesteps} timesteps, and {most} steps "
-                         f"are compared; choose a model with more")
+        raise ValueError(f"{path} has {pipeline.scheduler.num_timesteps} timesteps, and {most} steps are compared; "
+                         f"choose a model with more")
 
 
 def compared_variants() -> list[Variant]:
-    """Return all curves of the comparison: each sampler of the registry, followed by its variants."""
+    """Return all curves of the comparison: each sampler of untuned models, followed by its variants."""
     curves = []
-    for name in SAMPLERS:
+    for name in (name for name in SAMPLERS if not SAMPLERS[name].tuned):
         curves.append(Variant(name, name, STEPS.get(name, DEFAULT_STEPS)))
         curves += [variant for variant in VARIANTS if variant.sampler == name]
     return curves
@@ -131,9 +151,10 @@ def load_results(path: Path, settings: Settings, pipeline: Pipeline) -> dict:
     Raises:
         ValueError: if they are of another model or other settings, or the file is damaged.
     """
-    sha256 = hashlib.sha256(Path(settings.checkpoint).read_bytes()).hexdigest()[:16]
     made_with = dict(checkpoint=Path(settings.checkpoint).name, num_images=settings.num_images, seed=settings.seed,
-                     sha256=sha256, precision=pipeline.precision)
+                     sha256=sha256_of(settings.checkpoint), precision=pipeline.precision)
+    if settings.tuned:
+        made_with["tuned"] = sha256_of(settings.tuned)
     rows = []
     if path.exists():
         try:
@@ -146,6 +167,10 @@ def load_results(path: Path, settings: Settings, pipeline: Pipeline) -> dict:
         if earlier_made_with != made_with:
             raise ValueError(f"{path} is of {earlier_made_with}; remove it, or give another --output")
     return dict(made_with=made_with, device=f"{describe_device(pipeline.device)}, {pipeline.precision}", rows=rows)
+
+
+def sha256_of(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def measure(pipeline: Pipeline, variant: Variant, steps: int, settings: Settings, labels: torch.Tensor,
@@ -178,13 +203,25 @@ def with_error(distances: Sequence[float]) -> tuple[float, float]:
 # report
 
 
-def as_table(results: dict) -> str:
+def distances_of(results: dict) -> dict[tuple[str, int], list[float]]:
+    """Return the `paired_distances` of each sampler and number of steps."""
+    return {(row["sampler"], row["steps"]): row["distances"] for row in results["rows"]}
+
+
+def compare_pair(results: dict, ours: tuple[str, int], theirs: tuple[str, int]) -> str:
+    """Return a line with the difference of two distances, and its error."""
+    distances = distances_of(results)
+    difference, error = with_error(np.subtract(distances[ours], distances[theirs]))
+    return f"- `{ours[0]}` in {ours[1]} minus `{theirs[0]}` in {theirs[1]}: {difference:+.4f} ± {error:.4f}"
+
+
+def as_table(results: dict, variants: Sequence[Variant]) -> str:
     """Return a Markdown table with a row for each sampler and number of steps."""
-    distances = {(row["sampler"], row["steps"]): row["distances"] for row in results["rows"]}
+    distances = distances_of(results)
     sampler, steps = BASELINE
     lines = [f"| sampler | steps | distance to unseen critters | difference to `{sampler}` in {steps} steps |",
              "| --- | --- | --- | --- |"]
-    for variant in compared_variants():
+    for variant in variants:
         for steps in variant.steps:
             measured = distances[variant.name, steps]
             value, error = with_error(measured)
@@ -195,13 +232,13 @@ def as_table(results: dict) -> str:
     return "\n".join([*lines, f"| other unseen critters | | {value:.4f} ± {error:.4f} | |"])
 
 
-def draw_plot(results: dict, path: Path) -> None:
+def draw_plot(results: dict, variants: Sequence[Variant], path: Path) -> None:
     """Plot distance against steps, a curve for each sampler, with standard errors."""
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.subplots()
-    for variant in compared_variants():
+    for variant in variants:
         rows = [row for row in results["rows"] if row["sampler"] == variant.name]
         rows.sort(key=lambda row: row["steps"])
         values, errors = zip(*(with_error(row["distances"]) for row in rows))

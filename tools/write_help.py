@@ -33,6 +33,7 @@ COMMANDS = {
     "-m tools.two_halves": "two_halves.txt",
     "-m tools.race": "race.txt",
     "-m tools.compare_samplers": "compare_samplers.txt",
+    "-m tools.plot_consistency": "plot_consistency.txt",
     "-m tools.check_types": "check_types.txt",
     "-m tools.preview_data": "preview_data.txt",
     "-m tools.plot_forward": "plot_forward.txt",
