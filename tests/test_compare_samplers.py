@@ -11,6 +11,7 @@ from critter_model import save_critter_model, save_other_model
 from scripts import assert_one_line, call
 
 from critters import TYPES
+from models.pipeline import Pipeline
 from reverse_diffusion import SAMPLERS
 from tools import compare_samplers
 from tools.compare_samplers import Variant, compared_variants
@@ -79,12 +80,37 @@ def test_types_may_have_any_order(few_steps, tmp_path, monkeypatch):
 def test_every_sampler_of_the_registry_is_compared(monkeypatch):
     assert [variant.name for variant in compared_variants()] == ["ddpm", "ddpm, beta", "ddim", "dpm++", "sde-dpm++"]
     names = {variant.sampler for variant in compared_variants()}
-    assert names == set(SAMPLERS) and set(compare_samplers.STEPS) <= names
+    assert names == {name for name in SAMPLERS if not SAMPLERS[name].tuned} and set(compare_samplers.STEPS) <= names
     assert all(set(variant.options) <= set(SAMPLERS[variant.sampler].options) for variant in compared_variants())
     assert any((variant.name, steps) == compare_samplers.BASELINE
                for variant in compared_variants() for steps in variant.steps)
     monkeypatch.setitem(SAMPLERS, "new", SAMPLERS["ddim"])
     assert Variant("new", "new", compare_samplers.DEFAULT_STEPS) in compared_variants()
+
+
+def test_a_tuned_model_beside_the_one_before(few_steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_samplers, "FEW_STEPS", (
+        Variant("consistency", "consistency", (1, 2)), Variant("sde-dpm++", "sde-dpm++", (2,)),
+        Variant("ddpm", "ddpm", (20,))))
+    monkeypatch.setattr(compare_samplers, "PAIRS", ((("consistency", 2), ("sde-dpm++", 2)),))
+    before = save_critter_model(tmp_path / "before.pt")
+    tuned = save_critter_model(tmp_path / "tuned.pt", objective="consistency", sampler="consistency", sample_steps=2)
+    drawn, draw = [], Pipeline.sample
+    monkeypatch.setattr(Pipeline, "sample", lambda pipeline, seeds, **options: drawn.append(
+        (pipeline.tuned, options["sampler"], options["steps"], seeds)) or draw(pipeline, seeds, **options))
+    assert compare(before, "--tuned", tuned) == 0
+    assert drawn == [(name == "consistency", name, steps, range(64)) for name, steps in (
+        ("consistency", 1), ("consistency", 2), ("sde-dpm++", 2), ("ddpm", 20))]
+    distances = {(row["sampler"], row["steps"]): row["distances"] for row in rows()}
+    *table, _, line = Path("outputs/samplers.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 2 + 4 + 1 and "±" in table[2] and table[2].startswith("| `consistency` | 1 |")
+    difference = np.subtract(distances["consistency", 2], distances["sde-dpm++", 2])
+    value, error = compare_samplers.with_error(difference)
+    assert line == f"- `consistency` in 2 minus `sde-dpm++` in 2: {value:+.4f} ± {error:.4f}"
+    capsys.readouterr()
+    assert_one_line(compare(tuned), capsys, "tuned.pt is tuned to few steps", "--tuned the one after")
+    assert_one_line(compare(before, "--tuned", before), capsys, "before.pt is not tuned to few steps")
+    assert_one_line(compare(before), capsys, "remove it, or give another --output")  # the other comparison's results
 
 
 def test_jackknife():

@@ -21,7 +21,7 @@ from PIL import Image
 from scripts import ROOT
 
 from forward_diffusion import NoiseScheduler
-from reverse_diffusion import sample, slerp, trailing_timesteps
+from reverse_diffusion import SAMPLERS, sample, slerp
 from utils.images import read_settings
 
 WEB = ROOT / "web"
@@ -58,7 +58,9 @@ def alpha_bar(scheduler: NoiseScheduler) -> list[float]:
 CASES = [dict(schedule="cosine", steps=20), dict(schedule="linear", steps=20), dict(schedule="linear", steps=1),
          dict(schedule="cosine", steps=20, guidance=3.0), dict(schedule="cosine", steps=7, clip=0.5),
          dict(schedule="cosine", steps=12, start=599), dict(schedule="linear", steps=20, zero_terminal_snr=True),
-         dict(schedule="linear", steps=3, start=2)]
+         dict(schedule="linear", steps=3, start=2),
+         *(dict(sampler="consistency", schedule="cosine", steps=steps) for steps in (1, 2, 4, 9)),
+         dict(sampler="consistency", schedule="linear", steps=2, start=599, guidance=3.0)]
 
 
 def test_the_sampler_follows_that_of_python(run):
@@ -72,7 +74,8 @@ def test_the_sampler_follows_that_of_python(run):
                              generator=torch.Generator().manual_seed(2))
         labels = torch.ones(1, 1) if guidance != 1 else None
         draw, path = iter(noises), []
-        sample(gaussian.exact(scheduler, "x0"), scheduler, x_T, sampler="sde-dpm++", steps=case["steps"],
+        sampler = case.get("sampler", "sde-dpm++")
+        sample(gaussian.exact(scheduler, "x0"), scheduler, x_T, sampler=sampler, steps=case["steps"],
                prediction="x0", labels=labels, guidance=guidance, start=start, clip=clip,
                draw_noise=lambda draw=draw: next(draw),
                callback=lambda i, x_t, x_0, path=path: path.append([x_t.flatten().tolist(), x_0.flatten().tolist()]))
@@ -80,7 +83,7 @@ def test_the_sampler_follows_that_of_python(run):
         inputs.append(dict(alphaBar=alpha_bar(scheduler), mean=gaussian.MEAN.flatten().tolist(),
                            std=gaussian.STD.flatten().tolist(), x=x_T.flatten().tolist(),
                            noises=noises.flatten(1).tolist(), labels=None if labels is None else [1.0],
-                           guidance=guidance, sampler="sde-dpm++", steps=case["steps"], clip=float(clip),
+                           guidance=guidance, sampler=sampler, steps=case["steps"], clip=float(clip),
                            **({} if start is None else dict(start=start))))
     for case, steps, path in zip(CASES, run("trajectory", inputs), expected):
         ours = [[step["x_t"], step["x_0"]] for step in steps]
@@ -90,8 +93,9 @@ def test_the_sampler_follows_that_of_python(run):
 
 def test_timesteps_starts_and_noise_are_those_of_python(run):
     pairs = [(T, steps) for T in (2, 7, 50, 600, 1000) for steps in (1, 2, 3, 8, 20, 50, 400) if steps <= T]
-    expected = [trailing_timesteps(T, steps) for T, steps in pairs]
-    assert run("timesteps", dict(sampler="sde-dpm++", pairs=pairs)) == expected
+    for sampler in ("sde-dpm++", "consistency"):
+        spaced = [SAMPLERS[sampler].timesteps(T, steps) for T, steps in pairs]
+        assert run("timesteps", dict(sampler=sampler, pairs=pairs)) == spaced
 
     inputs = [dict(strength=strength, steps=steps, T=1000) for strength in (0.0005, 0.05, 0.125, 0.5, 0.6, 1)
               for steps in (1, 3, 20, 100)]
@@ -108,32 +112,6 @@ def test_timesteps_starts_and_noise_are_those_of_python(run):
     noisy = run("addNoise", dict(alphaBar=alpha_bar(scheduler), x=a.flatten().tolist(), noise=b.flatten().tolist(),
                                  t=300))
     assert np.allclose(noisy, scheduler.add_noise(a[None], torch.tensor([300]), b[None]).flatten(), atol=1e-6)
-
-
-@pytest.mark.parametrize("steps, timesteps", [(1, [999]), (2, [999, 430]), (4, [999, 750, 430, 200])])
-@pytest.mark.parametrize("guidance, clip", [(1.0, 1.0), (3.0, 0.5)])
-def test_a_tuned_model_jumps_to_images_and_takes_all_noise_anew(run, steps, timesteps, guidance, clip):
-    """x_0 = f(x_t), clipped; x_s = sqrt(abar_s) x_0 + sqrt(1 - abar_s) noise, with fresh noise in each jump."""
-    scheduler = NoiseScheduler(schedule="cosine")
-    network, x = gaussian.exact(scheduler, "x0"), gaussian.start(1)
-    noises = torch.randn(steps, 1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    labels = torch.ones(1, 1)
-    given = dict(alphaBar=alpha_bar(scheduler), mean=gaussian.MEAN.flatten().tolist(),
-                 std=gaussian.STD.flatten().tolist(), x=x.flatten().tolist(), noises=noises.flatten(1).tolist(),
-                 labels=[1.0], guidance=guidance, sampler="consistency", steps=steps, clip=clip)
-    expected = []
-    for i, t in enumerate(timesteps):
-        conditional, unconditional = (network(x, torch.tensor([t]), part) for part in (labels, 0 * labels))
-        x_0 = (unconditional + guidance * (conditional - unconditional)).clamp(-clip, clip)
-        last = i + 1 == steps
-        abar = 1.0 if last else scheduler.alpha_bar(timesteps[i + 1])
-        x = abar**0.5 * x_0 + (1 - abar) ** 0.5 * noises[i]
-        expected.append((-1 if last else timesteps[i + 1], x.flatten().tolist(), x_0.flatten().tolist()))
-    (found,) = run("trajectory", [given])
-    assert [step["t"] for step in found] == [t for t, _, _ in expected]
-    assert found[-1]["x_t"] == found[-1]["x_0"]
-    for name, k in (("x_t", 1), ("x_0", 2)):
-        assert np.abs(np.array([step[name] for step in found]) - [row[k] for row in expected]).max() < 1e-5
 
 
 def test_the_jumps_fall_from_the_last_timestep_for_any_number(run):

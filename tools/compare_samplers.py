@@ -1,7 +1,7 @@
 """Compare samplers: distance of the samples to real images, for each sampler and number of steps.
 
     python -m tools.compare_samplers --checkpoint checkpoints/critters.pt    # an hour on two cores, minutes on a GPU
-    python -m tools.compare_samplers --checkpoint checkpoints/final_model.pt --tuned checkpoints/few_steps/final_model.pt
+    python -m tools.compare_samplers --checkpoint BEFORE.pt --tuned AFTER.pt # few steps, before and after tuning
 
 Needs a model of critters, because critters that it was not trained on can be drawn in any number. Sample i has the
 types of unseen critter i and the same seed with every sampler, so that the difference between two samplers has a
@@ -68,7 +68,7 @@ class Settings:
     """The flags of this command."""
 
     checkpoint: str = setting("checkpoints/critters.pt", "checkpoint of a model of critters")
-    tuned: str = setting("", "checkpoint of the same model tuned to consistency, to compare few steps of both (default: "
+    tuned: str = setting("", "checkpoint of the same model tuned to consistency: compare few steps of both (default: "
                              "compare the samplers of an untuned model)")
     num_images: int = setting(192, "samples for each sampler and number of steps", least=64)
     seed: int = seed_setting("seed of the first sample; the others follow")
