@@ -51,8 +51,8 @@ PLACEHOLDER = "\ue000"
 COMMANDS = set("""
     alpha beta gamma delta epsilon zeta eta theta kappa lambda mu pi rho sigma tau varphi psi omega infty xi Delta Omega
     bar hat tilde sqrt frac tfrac mathbb mathcal mathrm text underbrace overline left right begin end quad qquad
-    lceil rceil mid cdot cdots dots times le ge lt gt ne pm sim approx to leftarrow Vert lVert rVert partial nabla int sum prod
-    ln cos sin max min exp tanh blacksquare top big Big
+    mid cdot cdots dots times le ge lt gt ne pm sim approx to leftarrow Vert lVert rVert partial nabla int sum prod
+    lceil rceil ln cos sin max min exp tanh blacksquare top big Big
 """.split())
 
 

@@ -89,6 +89,7 @@ def test_every_sampler_of_the_registry_is_compared(monkeypatch):
 
 
 def test_a_tuned_model_beside_the_one_before(few_steps, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compare_samplers, "SAMPLERS", SAMPLERS)
     monkeypatch.setattr(compare_samplers, "FEW_STEPS", (
         Variant("consistency", "consistency", (1, 2)), Variant("sde-dpm++", "sde-dpm++", (2,)),
         Variant("ddpm", "ddpm", (20,))))
