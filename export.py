@@ -68,9 +68,6 @@ def main() -> None:
         # Load the model.
         checkpoint = settings.checkpoint or newest_checkpoint()
         pipeline = Pipeline.load(checkpoint, precision="fp32")
-        if pipeline.tuned and settings.to == "diffusers":
-            raise ValueError(f"{checkpoint} was tuned to jump, and diffusers has no sampler for that: export the model "
-                             f"it was tuned from ({pipeline.settings.get('init')}), or give another --to")
         name = str(pipeline.settings.get("run_name") or checkpoint.stem)
         output = settings.output or Path("outputs") / f"{Path(name).name}{default_ending(settings.to, pipeline)}"
         print(f"{checkpoint}: {pipeline.image_size} x {pipeline.image_size}, to {settings.to}")

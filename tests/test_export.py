@@ -99,7 +99,7 @@ def test_a_safetensors_file_without_the_package_is_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("checkpoint, words", [
     ("latent.pt", "cannot hold a model of latents with its autoencoder; --to onnx, web and safetensors can"),
-    ("tuned.pt", "this model was tuned to few; --to onnx, web and safetensors can"),
+    ("tuned.pt", "was tuned to few: export the one it was tuned from .None.; --to onnx, web and safetensors can"),
     ("wide.pt", "whose first multiplier is 2, only 1; --to onnx, web and safetensors can"),
 ])
 def test_diffusers_refuses_what_it_cannot_hold(folder, checkpoint, words):

@@ -9,11 +9,6 @@ from models.pipeline import DEFAULT_GUIDANCE, Pipeline
 FORMAT = 1
 
 
-def is_tuned(pipeline: Pipeline) -> bool:
-    """Whether the network was tuned to few steps, and so is drawn by jumps alone."""
-    return pipeline.settings.get("objective") == "consistency"
-
-
 def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any]:
     """Return the content of a model.json: plain values.
 
@@ -34,5 +29,5 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
         sampler=dict(name=sampler, steps=steps), clip=True, clip_range=pipeline.space.latent_range,
         prediction=pipeline.prediction, timesteps=timesteps,
         alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)],
-        **(dict(samplers=["consistency"]) if is_tuned(pipeline) else {}),
+        **(dict(samplers=["consistency"]) if pipeline.tuned else {}),
     )

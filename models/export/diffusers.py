@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from models.export.card import Card, card_text, draw_samples
-from models.export.description import is_tuned
 from models.pipeline import Pipeline
 from unet import UNet
 from utils.errors import UserError, first_line
@@ -89,8 +88,9 @@ def check_expressible(pipeline: Pipeline, max_types: int) -> None:
     config, others = pipeline.net.config, "--to onnx, web and safetensors can"
     if pipeline.space.is_latent:
         raise UserError(f"diffusers' DDPMPipeline cannot hold a model of latents with its autoencoder; {others}")
-    if is_tuned(pipeline):
-        raise UserError(f"diffusers' DDPMPipeline takes many small steps, and this model was tuned to few; {others}")
+    if pipeline.tuned:
+        raise UserError(f"diffusers' DDPMPipeline takes many small steps, and this model was tuned to few: export the "
+                        f"one it was tuned from ({pipeline.settings.get('init')}); {others}")
     if type(pipeline.net) is not UNet:
         raise UserError(f"diffusers cannot hold a network of this kind, {type(pipeline.net).__name__}; {others}")
     if config.multipliers[0] != 1:
