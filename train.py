@@ -122,11 +122,13 @@ PRESETS = {
         sampler="sde-dpm++", sample_steps=20, sample_every=15, num_samples=64,
     ),
     # A few hundred images of one's own at 128 x 128: an autoencoder first (OWN_AUTOENCODER), then a diffusion in its
-    # latents of 16 x 16, where a small network sees the whole image at once.
+    # latents. Its noise levels are those of EDM2 in latents, roughly: more noise than in pixels, where one body and one
+    # colour to it are decided (docs/latents.md, "What was tried").
     "maker": dict(
-        image_size=128, autoencoder="own", width=96, multipliers=(1, 2), dropout=0.1, label_dropout=0.2,
-        schedule="cosine", prediction="v", epochs=2000, lr=5e-4, warmup_steps=200, ema_decay=0.9995,
-        sampler="sde-dpm++", sample_steps=20, sample_every=25, num_samples=64,
+        image_size=128, autoencoder="own", autoencoder_epochs=22, augment="flip", width=48, multipliers=(1, 2, 4),
+        blocks=1, groups=16, label_dropout=0.2, schedule="cosine", prediction="v", lognormal=(0.0, 1.2), epochs=345,
+        lr=1.5e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.9995, sampler="sde-dpm++", sample_steps=20,
+        sample_every=30, num_samples=64,
     ),
 }
 
@@ -139,8 +141,8 @@ PRESETS["few_steps"] = PRESETS["quick"] | dict(
 # Settings that go with another one, unless flags say otherwise.
 IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32")}
 
-# The autoencoder of `--autoencoder own`: 8 x 16 x 16 numbers for 3 x 128 x 128.
-OWN_AUTOENCODER = dict(channels=8, multipliers=(1, 2, 4), mean_colours=True, kl_weight=1e-4, sample_every=5)
+# The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
+OWN_AUTOENCODER = dict(channels=6, mean_colours=True, kl_weight=1e-3, sample_every=5)
 
 
 def main() -> None:
