@@ -4,9 +4,10 @@
     python export.py --checkpoint checkpoints/final_model.pt --to diffusers --output outputs/mine
     python export.py --to onnx --half --output outputs/mine.onnx      # weights stored as float16
     python export.py --to safetensors                                 # weights and configuration; generate.py reads it
+    python export.py --to pt                                          # a checkpoint of half the size
 
-Needs the packages of requirements-export.txt. What is written is whole or not there at all, and was checked against the
-checkpoint. See docs/exporting.md.
+All but pt need the packages of requirements-export.txt. What is written is whole or not there at all, and was checked
+against the checkpoint. See docs/exporting.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from evaluation.report_markdown import find_report, report_markdown
 from models.export import diffusers, onnx, web
 from models.export.card import Card
-from models.export.safetensors import write_safetensors
+from models.export.weights import write_half, write_safetensors
 from models.pipeline import Pipeline, newest_checkpoint
 from utils.cli import parse, setting
 from utils.errors import UserError, one_line_errors
@@ -26,10 +27,11 @@ from utils.files import naming
 FORMATS = {
     "diffusers": "a folder that DDPMPipeline loads",
     "onnx": "a file for any runtime (a folder for a model of latents)",
+    "pt": "a checkpoint with float16 weights, half as large, which generate.py reads",
     "safetensors": "weights and configuration in one file, which generate.py reads",
     "web": "the folder of a static page that draws in the browser",
 }
-SUFFIXES = {"onnx": ".onnx", "safetensors": ".safetensors"}
+SUFFIXES = {"onnx": ".onnx", "pt": ".pt", "safetensors": ".safetensors"}
 FILE_SUFFIXES = {".onnx", ".safetensors", ".pt", ".pth", ".bin", ".zip", ".tgz", ".html", ".json", ".md", ".png"}
 # Settings that only some formats have.
 BELONGS_TO = {"half": ("onnx",), "max_types": ("diffusers", "web"), "runtime": ("web",), "report": ("diffusers",),
@@ -81,15 +83,15 @@ def main() -> None:
 def check(settings: Settings) -> None:
     """Raise ValueError or UserError for flags that are missing or do not go together."""
     if settings.to is None:
-        raise UserError("give a format: --to diffusers, onnx, safetensors or web")
+        raise UserError("give a format: --to diffusers, onnx, pt, safetensors or web")
     for name, formats in BELONGS_TO.items():
         if getattr(settings, name) not in (None, False) and settings.to not in formats:
             raise ValueError(f"--{name} goes with --to {' and '.join(formats)}, not with {settings.to}")
     if settings.output is None:
         return
     suffix = settings.output.suffix.lower()
-    if settings.to == "safetensors" and suffix != ".safetensors":
-        raise ValueError(f"--output must end in .safetensors, not {settings.output}")
+    if settings.to in ("pt", "safetensors") and suffix != SUFFIXES[settings.to]:
+        raise ValueError(f"--output must end in {SUFFIXES[settings.to]}, not {settings.output}")
     if settings.to == "onnx" and suffix != ".onnx" and suffix in FILE_SUFFIXES:
         raise ValueError(f"--output must end in .onnx, or be a folder, not {settings.output}")
     if settings.to in ("diffusers", "web") and suffix in FILE_SUFFIXES:
@@ -108,6 +110,8 @@ def write(settings: Settings, pipeline: Pipeline, checkpoint: Path, name: str, o
         diffusers.write_folder(pipeline, output, make_card(settings, pipeline, checkpoint, name), max_types)
     elif settings.to == "web":
         web.write_web(pipeline, name, output, settings.runtime, max_types)
+    elif settings.to == "pt":
+        write_half(checkpoint, output)
     elif settings.to == "safetensors":
         write_safetensors(checkpoint, output)
     elif output.suffix.lower() == ".onnx":
@@ -134,6 +138,7 @@ def summary(to: str, output: Path) -> str:
     files = [output] if output.is_file() else [path for path in output.rglob("*") if path.is_file()]
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     next_command = {
+        "pt": f"python generate.py --checkpoint {output}",
         "safetensors": f"python generate.py --checkpoint {output}",
         "web": f"python -m http.server --directory {output}, then http://localhost:8000",
     }.get(to)

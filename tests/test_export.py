@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import re
 import shlex
 import sys
@@ -22,7 +23,7 @@ from models.export import card, diffusers, onnx, web
 from models.export.description import describe
 from models.pipeline import Pipeline
 from training.config import _parse_flags
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.files import MANIFEST
 
 
@@ -57,9 +58,10 @@ def no_graphs(monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("typed.pt", "give a format: --to diffusers, onnx, safetensors or web"),
+    ("typed.pt", "give a format: --to diffusers, onnx, pt, safetensors or web"),
     ("typed.pt --to onnx --output a.pt", "--output must end in .onnx"),
     ("typed.pt --to safetensors --output a.bin", "--output must end in .safetensors"),
+    ("typed.pt --to pt --output a.safetensors", "--output must end in .pt"),
     ("typed.pt --to web --output a.html", "--to web writes a folder"),
     ("typed.pt --to diffusers --output a.safetensors", "--to diffusers writes a folder"),
     ("typed.pt --to diffusers --half", "--half goes with --to onnx, not with diffusers"),
@@ -77,6 +79,24 @@ def test_what_cannot_be_done_is_said_in_one_line(folder, own_folder, capsys, fla
     path = Path(checkpoint) if checkpoint == "damaged.pt" else folder / checkpoint
     assert_one_line(call(export, "--checkpoint", path, *flags), capsys, words)
     assert [path.name for path in Path().iterdir()] == ["damaged.pt"]
+
+
+@pytest.mark.parametrize("name", ["typed.pt", "latent.pt"])
+def test_a_checkpoint_of_half_the_size_draws_nearly_the_same(folder, own_folder, name):
+    assert call(export, "--checkpoint", folder / name, "--to", "pt", "--output", "half.pt") == 0
+    assert os.path.getsize("half.pt") < 0.8 * os.path.getsize(folder / name)  # a tiny one is mostly names
+    whole, half = (Pipeline.load(path, precision="fp32") for path in (folder / name, "half.pt"))
+    assert half.settings == whole.settings and half.class_names == whole.class_names
+    difference = (whole.sample(range(4), steps=3) - half.sample(range(4), steps=3)).abs()
+    assert 0 < difference.max() < 0.02
+
+
+def test_weights_that_float16_cannot_hold_are_refused(folder, own_folder, capsys):
+    content = load_checkpoint(folder / "typed.pt")
+    content["ema"]["conv_in.weight"][0] = 1e5
+    save_checkpoint("large.pt", **content)
+    assert_one_line(call(export, "--checkpoint", "large.pt", "--to", "pt", "--output", "half.pt"), capsys, "float16")
+    assert not Path("half.pt").exists()
 
 
 @pytest.mark.parametrize("to, package", [("onnx", "onnx"), ("onnx", "onnxruntime"), ("web", "onnxscript"),
