@@ -29,6 +29,7 @@ NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration 
 DEFAULT_GUIDANCE = 3.0  # when labels are given
 GRID_SAMPLER = ("ddim", 50)  # of sample grids during training, unless the training chose another
 DECODE_BATCH = 16  # images whose latents are decoded at a time
+BUNDLED = ("critters_128.pt", "critters.pt")  # models that come with the repository, the one to show first
 
 
 class Pipeline:
@@ -373,13 +374,16 @@ def checked_space(path: str | Path, state: dict[str, Any] | None, device: str | 
 
 
 def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:
-    """Return the diffusion checkpoint that was written last, at any depth below `folder`.
+    """Return the diffusion checkpoint that was written last, at any depth below `folder`; else the first of BUNDLED.
 
     Raises:
         CheckpointError: if there is none.
     """
-    paths = [path for path in Path(folder).rglob("*.pt") if path.is_file() and not path.name.startswith(".")]
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    folder = Path(folder)
+    paths = [path for path in folder.rglob("*.pt") if path.is_file() and not path.name.startswith(".")]
+    bundled = [folder / name for name in BUNDLED if folder / name in paths]
+    own = sorted(set(paths) - set(bundled), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in own + bundled:
         try:
             if "network" in load_checkpoint(path, mmap=True):
                 return path

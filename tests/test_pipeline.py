@@ -12,7 +12,7 @@ from gaussian import exact
 
 from forward_diffusion import NoiseScheduler
 from models.autoencoder import Autoencoder, AutoencoderConfig
-from models.pipeline import Pipeline, newest_checkpoint
+from models.pipeline import BUNDLED, Pipeline, newest_checkpoint
 from models.space import LatentSpace, PixelSpace
 from reverse_diffusion import SAMPLERS, Sampler, ddim_step, ddpm_step, sample, slerp
 from unet import UNet, UNetConfig
@@ -365,3 +365,13 @@ def test_the_newest_checkpoint_is_a_diffusion_model(tmp_path):
     assert newest_checkpoint(tmp_path) == tmp_path / "a/old.pt"
     (tmp_path / "damaged.pt").write_bytes(b"damaged")
     assert newest_checkpoint(tmp_path) == tmp_path / "damaged.pt"  # loading it names the problem
+
+
+def test_bundled_models_are_drawn_only_where_there_is_no_other(tmp_path):
+    for name in ("mine.pt", *reversed(BUNDLED)):  # the last one written is the newest
+        save_model(tmp_path / name)
+    assert newest_checkpoint(tmp_path) == tmp_path / "mine.pt"
+    (tmp_path / "mine.pt").unlink()
+    for name in BUNDLED:
+        assert newest_checkpoint(tmp_path) == tmp_path / name
+        (tmp_path / name).unlink()
