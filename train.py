@@ -73,6 +73,8 @@ class Config(TrainingConfig):
                                           "steps, with --sampler consistency", OBJECTIVES)
     gaps: tuple[int, ...] = setting((2, 4, 8, 16), "consistency: in equal parts of the run, x_t is compared with a "
                                                    "timestep that is lower by 1/gap", least=2)
+    anchor: float = setting(0.1, "consistency: below this fraction of the timesteps, x_t is compared with the image "
+                                 "itself", least=0, below=1)
     huber: float = setting(5e-4, "consistency: c of the pseudo-Huber distance", above=0)
     teacher_guidance: float = setting(0.0, "consistency: take x_r from a step of the model of --init, kept as it is, "
                                            "with this classifier-free guidance scale, which is then built in; 0: from "
@@ -240,8 +242,8 @@ def make_loss(config: Config, scheduler: NoiseScheduler, space: PixelSpace | Lat
         return DiffusionLoss(scheduler, space, config.image_size, precision, **common)
     teacher = copy.deepcopy(net).eval().requires_grad_(False) if config.teacher_guidance else None
     return ConsistencyLoss(scheduler, space, config.image_size, precision, **common, total_steps=total_steps,
-                           gaps=config.gaps, huber=config.huber, dropout=config.dropout > 0, teacher=teacher,
-                           guidance=config.teacher_guidance)
+                           gaps=config.gaps, anchor=config.anchor, huber=config.huber, dropout=config.dropout > 0,
+                           teacher=teacher, guidance=config.teacher_guidance)
 
 
 def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:

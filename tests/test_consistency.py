@@ -13,7 +13,7 @@ from forward_diffusion import SCHEDULES, NoiseScheduler
 from models.exact import GaussianDenoiser
 from models.space import PixelSpace
 from reverse_diffusion import SAMPLERS, consistency_timesteps, ddim_step, sample
-from training.consistency import ConsistencyLoss
+from training.consistency import ConsistencyLoss, lower_timesteps
 from unet import UNet, UNetConfig
 
 COSINE = NoiseScheduler(schedule="cosine")
@@ -29,7 +29,7 @@ class AnyRange(PixelSpace):
 
 def make_loss(scheduler: NoiseScheduler = COSINE, **options) -> ConsistencyLoss:
     return ConsistencyLoss(scheduler, AnyRange(), 2, "fp32", augment="none", prediction="v",
-                           **dict(label_dropout=0.0) | options)
+                           **dict(label_dropout=0.0, anchor=0.0) | options)
 
 
 def gaussian_images(std: torch.Tensor = STD) -> torch.Tensor:
@@ -265,6 +265,17 @@ def test_the_gap_doubles_over_the_quarters_of_the_run():
                 - short.draw_randomness(1, torch.Generator().manual_seed(1), step)[4])
             for step in range(3)] == [math.ceil((int(short.draw_randomness(1, torch.Generator().manual_seed(1), 0)[1])
                                                  + 1) / gap) for gap in (5, 5, 7)]
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_below_the_anchor_the_image_itself_is_the_target(gap):
+    t, plain = torch.arange(1000), lower_timesteps(1000, gap, 0.0)
+    assert plain.tolist() == [u - math.ceil((u + 1) / gap) for u in range(1000)]
+    anchored = lower_timesteps(1000, gap, 0.1)
+    assert (anchored[:100] == -1).all() and anchored[100:].equal(plain[100:])
+    loss = make_loss(anchor=0.1, gaps=(gap,))
+    _, t, _, _, r = loss.draw_randomness(BATCH, torch.Generator().manual_seed(0), 0)
+    assert r.equal(anchored[t]) and (r == -1).sum() >= BATCH // 10
 
 
 def random_net(**changes) -> UNet:

@@ -25,12 +25,13 @@ OBJECTIVES = ("denoising", CONSISTENCY)
 class ConsistencyLoss(DiffusionLoss):
     """Consistency tuning: x_t and x_r, of one image and one noise, are to give the same image (Geng et al. 2025).
 
-    r = t - ceil((t + 1) / gap) has less noise; -1 is the clean image itself. The gap rises in equal parts of the run
+    r < t has less noise, see `lower_timesteps`; -1 is the clean image itself. The gap rises in equal parts of the run
     through `gaps`, so that r comes nearer to t. The precision must be "fp32": the loss is a difference of two outputs.
 
     Attributes:
         total_steps: of the run.
         gaps: of its parts.
+        anchor: fraction of the timesteps that are compared with the image itself, see `lower_timesteps`.
         huber: c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, above 0.
         dropout: whether the network has any.
         teacher: a frozen network whose step of ddim from x_t gives x_r; None: add_noise gives it.
@@ -39,16 +40,21 @@ class ConsistencyLoss(DiffusionLoss):
 
     total_steps: int = 1
     gaps: Sequence[int] = (2, 4, 8, 16)
+    anchor: float = 0.1
     huber: float = 5e-4
     dropout: bool = False
     teacher: nn.Module | None = None
     guidance: float = 1.0
 
+    def __post_init__(self):
+        self._lower = [lower_timesteps(self.scheduler.num_timesteps, gap, self.anchor) for gap in self.gaps]
+
     def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
         """Draw what `DiffusionLoss` draws, and add r [B], which follows from the timestep and the step's gap."""
         augment_rand, t, noise, keep_label = super().draw_randomness(batch_size, generator, step)
-        gap = self.gaps[min(step * len(self.gaps) // self.total_steps, len(self.gaps) - 1)]
-        return augment_rand, t, noise, keep_label, t - (t + gap) // gap  # (t + gap) // gap = ceil((t + 1) / gap)
+        part = min(step * len(self.gaps) // self.total_steps, len(self.gaps) - 1)
+        self._lower[part] = self._lower[part].to(t.device)  # once: a step copies nothing from the host
+        return augment_rand, t, noise, keep_label, self._lower[part][t]
 
     def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
                  t: torch.Tensor, noise: torch.Tensor, keep_label: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
@@ -83,6 +89,19 @@ class ConsistencyLoss(DiffusionLoss):
         squared = (predict(net, x_t, t, labels) - target).square().mean(dim=(1, 2, 3))
         distance = squared / ((squared + self.huber**2).sqrt() + self.huber)
         return (distance * self.scheduler.num_timesteps / (t - r)).mean()
+
+
+def lower_timesteps(num_timesteps: int, gap: int, anchor: float) -> torch.Tensor:
+    """Return, for each timestep t, the r = t - ceil((t + 1) / gap) that it is compared with; int64 [T].
+
+    Below `anchor` times T, r is -1, the image itself. There x_t shows its noise as well as its image: what both answers
+    have in common, a rest of the noise, is no difference between t and r, so the loss does not see it, and it was found
+    to grow until the network only repeats x_t. The image tells it. Little is lost: with so little noise a single image
+    can be meant, which is where the path ends.
+    """
+    t = torch.arange(num_timesteps)
+    r = t - (t + gap) // gap  # ceil((t + 1) / gap)
+    return r.where(t >= anchor * num_timesteps, -1)
 
 
 def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
