@@ -6,8 +6,8 @@
     python export.py --to safetensors                                 # weights and configuration; generate.py reads it
     python export.py --to pt                                          # a checkpoint of half the size
 
-All but pt need the packages of requirements-export.txt. What is written is whole or not there at all, and was checked
-against the checkpoint. See docs/exporting.md.
+All but pt need the packages of requirements-export.txt, and what they write is checked against the checkpoint. What is
+written is whole or not there at all. See docs/exporting.md.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ PRESETS["few_steps"] = PRESETS["quick"] | dict(
 IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32")}
 
 # The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
-OWN_AUTOENCODER = dict(channels=6, mean_colours=True, kl_weight=1e-3, sample_every=5)
+OWN_AUTOENCODER = dict(channels=6, mean_colours=True, kl_weight=1e-3, latent_noise=0.4, sample_every=5)
 
 
 def main() -> None:

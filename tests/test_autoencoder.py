@@ -57,7 +57,8 @@ def loss(output: torch.Tensor, images: torch.Tensor, mean: torch.Tensor = ZERO, 
          **settings: float) -> float:
     autoencoder_loss = AutoencoderLoss((4, 4, 4), "fp32", "none", **settings)
     augment_rand = torch.zeros(len(images), 8)
-    return autoencoder_loss(lambda x, noise: (output, mean, log_variance), images, None, augment_rand, None).item()
+    net = lambda x, noise, extra: (output, mean, log_variance)  # noqa: E731
+    return autoencoder_loss(net, images, None, augment_rand, None, None).item()
 
 
 def test_the_loss_is_that_of_colours_edges_and_kl_divergence():
@@ -71,6 +72,19 @@ def test_the_loss_is_that_of_colours_edges_and_kl_divergence():
     posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean().item()
     assert loss(x, images, mean, log_variance, kl_weight=0.5) == pytest.approx(0.5 * kl, rel=1e-4)
+
+
+def test_latent_noise_is_in_units_of_the_normalised_latents(monkeypatch):
+    model = Autoencoder(AutoencoderConfig(width=8, channels=5, mean_colours=True))
+    monkeypatch.setattr(model, "reconstruct", lambda latents: latents)  # what is decoded
+    images, draw, extra = noise(2, 3, 16, 16), noise(2, 5, 4, 4, seed=1), torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
+    latents, mean, log_variance = model(images, draw, extra)
+    std = torch.tensor([0.5, 0.5, 0.5, 2, 2]).view(5, 1, 1)  # colours; details have half the deviation, normalised
+    torch.testing.assert_close((latents - mean) / draw, (log_variance.exp() + (extra * std) ** 2).sqrt(),
+                               rtol=1e-3, atol=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    *_, extra = AutoencoderLoss((5, 4, 4), "fp32", latent_noise=0.4).draw_randomness(1000, generator, 0)
+    assert extra.shape == (1000, 1, 1, 1) and extra.min() >= 0 and 0.39 < extra.max() <= 0.4
 
 
 def test_a_training_learns_and_measures_itself(trained_autoencoder, monkeypatch):

@@ -52,6 +52,8 @@ class AutoencoderTrainingConfig(TrainingConfig):
     edge_weight: float = setting(1.0, "weight of the edges beside the colours", least=0)
     kl_weight: float = setting(5e-3, "weight of the KL divergence of the latents from a standard normal distribution",
                                least=0)
+    latent_noise: float = setting(0.0, "the most noise that the latents get before they are decoded, in units of their "
+                                       "deviation: the decoder learns to ignore small errors of samples", least=0)
 
     @property
     def network(self) -> AutoencoderConfig:
@@ -87,7 +89,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig, checkpoint: dict[str, A
     print(f"network    {count_parameters(net):,} parameters; 3 x {config.image_size} x {config.image_size} to "
           f"{' x '.join(map(str, latent_shape))} and back")
     loss = AutoencoderLoss(latent_shape, precision, augment=config.augment, edge_weight=config.edge_weight,
-                           kl_weight=config.kl_weight)
+                           kl_weight=config.kl_weight, latent_noise=config.latent_noise)
 
     # Optimizer and step.
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))

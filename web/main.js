@@ -367,8 +367,12 @@ async function save(creatures, moment) {
   const items = chosen.map((creature) => drawn.items[stage.creatures.indexOf(creature)]);
   const inside = describe(drawn, items, model, linkTo(chosen.length > 1 ? drawn : settingsOfCurrent()));
   if (moment !== undefined && moment < chosen[0].steps) inside.shown_step = moment;
-  const name = await savePng(pictures, drawn.mode === "morph", inside);
-  $("action-status").textContent = `Saved as ${name}.`;
+  try {
+    const name = await savePng(pictures, drawn.mode === "morph", inside);
+    $("action-status").textContent = `Saved as ${name}.`;
+  } catch (error) { // an old browser cannot compress
+    $("action-status").textContent = `This browser could not save the PNG: ${error.message}`;
+  }
 }
 
 $("retry").addEventListener("click", begin);

@@ -29,5 +29,5 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
         sampler=dict(name=sampler, steps=steps), clip=True, clip_range=pipeline.space.latent_range,
         prediction=pipeline.prediction, timesteps=timesteps,
         alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)],
-        **(dict(samplers=["consistency"]) if pipeline.tuned else {}),
+        **(dict(samplers=[sampler]) if pipeline.tuned else {}),
     )

@@ -48,6 +48,15 @@ def test_a_browser_without_webassembly_is_a_sentence(visit):
     page.context.close()
 
 
+def test_a_browser_that_cannot_compress_says_that_it_did_not_save(visit):
+    page = visit(script="delete globalThis.CompressionStream;")
+    ready(page)
+    open_link(page, "#n=1&steps=1")
+    page.get_by_role("button", name="Save PNG").click()
+    assert "could not save" in text_of(page, "action-status", "save")
+    page.context.close()
+
+
 def test_a_link_out_of_range_is_said_in_words(page):
     page.locator("#clear").evaluate("button => button.click()")
     page.evaluate("link => { location.hash = link; }",
