@@ -129,7 +129,7 @@ PRESETS = {
     "maker": dict(
         image_size=128, autoencoder="own", autoencoder_epochs=22, augment="flip", width=48, multipliers=(1, 2, 4),
         blocks=1, groups=16, label_dropout=0.2, schedule="cosine", prediction="v", lognormal=(0.0, 1.2), epochs=310,
-        lr=1.5e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.9995, sampler="sde-dpm++", sample_steps=20,
+        lr=1.5e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999, sampler="sde-dpm++", sample_steps=20,
         sample_every=30, num_samples=64,
     ),
 }
