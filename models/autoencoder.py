@@ -96,12 +96,12 @@ class Autoencoder(nn.Module):
         self.register_buffer("std", torch.ones(config.channels, 1, 1))
         self.register_buffer("largest", torch.ones(()))  # absolute normalised value
 
-        # One unit of the normalised latents, roughly, while there are no statistics yet. The KL divergence keeps the
-        # deviation of what the encoder learns near 1.
-        unit = torch.ones(config.channels, 1, 1)
+        # Scale of the extra noise in training: fixed, since statistics are measured only afterwards. With a small KL
+        # weight the encoder can outgrow it.
+        noise_scale = torch.ones(config.channels, 1, 1)
         if config.mean_colours:
-            unit[:3], unit[3:] = COLOUR_DEVIATION, 1 / DETAIL_DEVIATION
-        self.register_buffer("unit", unit, persistent=False)
+            noise_scale[:3], noise_scale[3:] = COLOUR_DEVIATION, 1 / DETAIL_DEVIATION
+        self.register_buffer("noise_scale", noise_scale, persistent=False)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Return the shape of one image's latents."""
@@ -115,16 +115,16 @@ class Autoencoder(nn.Module):
             mean = torch.cat([colours, mean[:, 3:]], dim=1)
         return mean, log_variance.clamp(-20, 10)  # keeps its exp finite in the first steps of a training
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor, extra: torch.Tensor | float = 0.0
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, extra_std: torch.Tensor | float = 0.0
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the reconstruction from a draw of the posterior, and the posterior's mean and log variance.
 
         Args:
             noise: standard normal, in the shape of the latents.
-            extra: deviation of further noise, in units of the normalised latents; a number, or [B, 1, 1, 1].
+            extra_std: deviation of further noise, in units of `noise_scale`; a number, or [B, 1, 1, 1].
         """
         mean, log_variance = self.posterior(images)
-        std = (log_variance.exp() + (extra * self.unit) ** 2).sqrt()
+        std = (log_variance.exp() + (extra_std * self.noise_scale) ** 2).sqrt()
         return self.reconstruct(mean + std * noise), mean, log_variance
 
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:

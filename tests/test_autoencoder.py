@@ -57,7 +57,7 @@ def loss(output: torch.Tensor, images: torch.Tensor, mean: torch.Tensor = ZERO, 
          **settings: float) -> float:
     autoencoder_loss = AutoencoderLoss((4, 4, 4), "fp32", "none", **settings)
     augment_rand = torch.zeros(len(images), 8)
-    net = lambda x, noise, extra: (output, mean, log_variance)  # noqa: E731
+    net = lambda x, noise, extra_std: (output, mean, log_variance)  # noqa: E731
     return autoencoder_loss(net, images, None, augment_rand, None, None).item()
 
 
@@ -74,17 +74,29 @@ def test_the_loss_is_that_of_colours_edges_and_kl_divergence():
     assert loss(x, images, mean, log_variance, kl_weight=0.5) == pytest.approx(0.5 * kl, rel=1e-4)
 
 
-def test_latent_noise_is_in_units_of_the_normalised_latents(monkeypatch):
+def test_latent_noise_has_a_fixed_scale_for_each_channel(monkeypatch):
     model = Autoencoder(AutoencoderConfig(width=8, channels=5, mean_colours=True))
     monkeypatch.setattr(model, "reconstruct", lambda latents: latents)  # what is decoded
     images, draw, extra = noise(2, 3, 16, 16), noise(2, 5, 4, 4, seed=1), torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
     latents, mean, log_variance = model(images, draw, extra)
-    std = torch.tensor([0.5, 0.5, 0.5, 2, 2]).view(5, 1, 1)  # colours; details have half the deviation, normalised
+    std = torch.tensor([0.5, 0.5, 0.5, 2, 2]).view(5, 1, 1)  # colours, details
     torch.testing.assert_close((latents - mean) / draw, (log_variance.exp() + (extra * std) ** 2).sqrt(),
                                rtol=1e-3, atol=1e-4)
     generator = torch.Generator().manual_seed(0)
     *_, extra = AutoencoderLoss((5, 4, 4), "fp32", latent_noise=0.4).draw_randomness(1000, generator, 0)
     assert extra.shape == (1000, 1, 1, 1) and extra.min() >= 0 and 0.39 < extra.max() <= 0.4
+
+
+def test_latent_noise_reaches_the_network(monkeypatch):
+    seen, forward = [], Autoencoder.forward
+
+    def recorded(self, images, draw, extra_std):
+        seen.append(extra_std)
+        return forward(self, images, draw, extra_std)
+
+    monkeypatch.setattr(Autoencoder, "forward", recorded)
+    assert call(train_autoencoder, *TINY_AUTOENCODER, "--latent_noise", 0.4, "--max_steps", 1) == 0
+    assert 0 < seen[0].max() <= 0.4
 
 
 def test_a_training_learns_and_measures_itself(trained_autoencoder, monkeypatch):
@@ -149,6 +161,7 @@ def test_held_out_images_are_those_that_are_measured(capsys):
     (["--width", 12], ["12 channels", "8 groups"]),
     (["--channels", 0], ["--channels", "more than 0"]),
     (["--kl_weight", -1], ["--kl_weight", "at least 0"]),
+    (["--latent_noise", -1], ["--latent_noise", "at least 0"]),
 ])
 def test_one_clear_line(capsys, flags, words):
     line = call(train_autoencoder, *TINY_AUTOENCODER, *flags)

@@ -141,15 +141,17 @@ class AutoencoderLoss:
     latent_noise: float = 0.0
 
     def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
-        """Draw, for each image, the augmentation [B, 8], the noise of its latents [B, *latent_shape], and the deviation
-        of what is added beyond the posterior's [B, 1, 1, 1]."""
+        """Draw, for each image, the augmentation, the noise of its latents, and the deviation of further noise.
+
+        Shapes: [B, 8], [B, *latent_shape], [B, 1, 1, 1].
+        """
         options = dict(generator=generator, device=generator.device)
         augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)
         noise = torch.randn(batch_size, *self.latent_shape, **options)
         return augment_rand, noise, self.latent_noise * torch.rand(batch_size, 1, 1, 1, **options)
 
     def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
-                 noise: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
+                 noise: torch.Tensor, extra_std: torch.Tensor) -> torch.Tensor:
         """Return the loss for images uint8 [B, 3, S, S]; labels are not used.
 
         The reconstruction error is the mean absolute error of the colours plus that of the differences between
@@ -160,7 +162,7 @@ class AutoencoderLoss:
         """
         x, _ = augment(images, mode=self.augment, augment_rand=augment_rand)
         with autocast(x.device, self.precision):
-            output, mean, log_variance = net(x, noise, extra)
+            output, mean, log_variance = net(x, noise, extra_std)
         error = output.float() - x
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()

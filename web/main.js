@@ -220,7 +220,7 @@ async function draw() {
   const number = draws;
   const chosen = { ...settings };
   const drawing = chosen.mode === "drawing" ? sketch.read() : null;
-  chosen.drawing = drawing ? await pack(drawing) : "";
+  chosen.drawing = drawing ? await pack(drawing).catch(() => "") : ""; // an old browser cannot pack it: a shorter link
   if (number !== draws) return; // a later one has begun
   trouble("");
   drawn = { ...chosen, items: itemsOf(chosen) };
@@ -371,7 +371,7 @@ async function save(creatures, moment) {
     const name = await savePng(pictures, drawn.mode === "morph", inside);
     $("action-status").textContent = `Saved as ${name}.`;
   } catch (error) { // an old browser cannot compress
-    $("action-status").textContent = `This browser could not save the PNG: ${error.message}`;
+    $("action-status").textContent = `This browser could not save the PNG: ${error.message}.`;
   }
 }
 
