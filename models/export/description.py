@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from models.pipeline import DEFAULT_GUIDANCE, Pipeline
+from reverse_diffusion import SAMPLERS
 
 FORMAT = 1
 
@@ -29,5 +30,5 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
         sampler=dict(name=sampler, steps=steps), clip=True, clip_range=pipeline.space.latent_range,
         prediction=pipeline.prediction, timesteps=timesteps,
         alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)],
-        **(dict(samplers=[sampler]) if pipeline.tuned else {}),
+        **(dict(samplers=[key for key in SAMPLERS if SAMPLERS[key].tuned]) if pipeline.tuned else {}),
     )
