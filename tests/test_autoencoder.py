@@ -55,9 +55,11 @@ ZERO = torch.zeros(1)
 
 def loss(output: torch.Tensor, images: torch.Tensor, mean: torch.Tensor = ZERO, log_variance: torch.Tensor = ZERO,
          **settings: float) -> float:
+    def net(x, noise, extra_std):
+        return output, mean, log_variance
+
     autoencoder_loss = AutoencoderLoss((4, 4, 4), "fp32", "none", **settings)
     augment_rand = torch.zeros(len(images), 8)
-    net = lambda x, noise, extra_std: (output, mean, log_variance)  # noqa: E731
     return autoencoder_loss(net, images, None, augment_rand, None, None).item()
 
 
