@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 DETAIL_DEVIATION = 0.5  # of normalised latents beside mean colours
-COLOUR_DEVIATION = 0.5  # of the mean colours themselves, roughly
 
 
 @dataclass
@@ -96,13 +95,6 @@ class Autoencoder(nn.Module):
         self.register_buffer("std", torch.ones(config.channels, 1, 1))
         self.register_buffer("largest", torch.ones(()))  # absolute normalised value
 
-        # Scale of the extra noise in training: fixed, since statistics are measured only afterwards. With a small KL
-        # weight the encoder can outgrow it.
-        noise_scale = torch.ones(config.channels, 1, 1)
-        if config.mean_colours:
-            noise_scale[:3], noise_scale[3:] = COLOUR_DEVIATION, 1 / DETAIL_DEVIATION
-        self.register_buffer("noise_scale", noise_scale, persistent=False)
-
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Return the shape of one image's latents."""
         return self.channels, image_size // self.factor, image_size // self.factor
@@ -121,10 +113,11 @@ class Autoencoder(nn.Module):
 
         Args:
             noise: standard normal, in the shape of the latents.
-            extra_std: deviation of further noise, in units of `noise_scale`; a number, or [B, 1, 1, 1].
+            extra_std: deviation of further noise on the latents as they would be normalised by this batch's
+                statistics; a number, or [B, 1, 1, 1].
         """
         mean, log_variance = self.posterior(images)
-        std = (log_variance.exp() + (extra_std * self.noise_scale) ** 2).sqrt()
+        std = (log_variance.exp() + (extra_std * self.unit(mean.detach())) ** 2).sqrt()
         return self.reconstruct(mean + std * noise), mean, log_variance
 
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
@@ -146,10 +139,15 @@ class Autoencoder(nn.Module):
     def set_normalisation(self, means: torch.Tensor) -> None:
         """Set the statistics from posterior means [N, channels, h, w]."""
         self.mean.copy_(means.mean(dim=(0, 2, 3))[:, None, None])
-        self.std.copy_(means.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-6))
-        if self.config.mean_colours:
-            self.std[3:] /= DETAIL_DEVIATION
+        self.std.copy_(self.unit(means))
         self.largest.copy_(((means - self.mean) / self.std).abs().max())
+
+    def unit(self, means: torch.Tensor) -> torch.Tensor:
+        """Return what is 1 in normalised latents [channels, 1, 1], of posterior means [N, channels, h, w]."""
+        std = means.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-6)
+        if self.config.mean_colours:
+            std[3:] /= DETAIL_DEVIATION
+        return std
 
 
 class Block(nn.Module):

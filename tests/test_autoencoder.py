@@ -14,8 +14,7 @@ from torch import nn
 
 import train
 from models.autoencoder import Autoencoder, AutoencoderConfig
-from models.pipeline import load_space
-from models.space import space_from_state
+from models.space import load_space, space_from_state
 from tools import train_autoencoder
 from training.autoencoder import AutoencoderTrainingConfig
 from training.loss import AutoencoderLoss
@@ -76,12 +75,14 @@ def test_the_loss_is_that_of_colours_edges_and_kl_divergence():
     assert loss(x, images, mean, log_variance, kl_weight=0.5) == pytest.approx(0.5 * kl, rel=1e-4)
 
 
-def test_latent_noise_has_a_fixed_scale_for_each_channel(monkeypatch):
+def test_latent_noise_is_in_units_of_the_normalised_latents(monkeypatch):
     model = Autoencoder(AutoencoderConfig(width=8, channels=5, mean_colours=True))
     monkeypatch.setattr(model, "reconstruct", lambda latents: latents)  # what is decoded
     images, draw, extra = noise(2, 3, 16, 16), noise(2, 5, 4, 4, seed=1), torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
     latents, mean, log_variance = model(images, draw, extra)
-    std = torch.tensor([0.5, 0.5, 0.5, 2, 2]).view(5, 1, 1)  # colours, details
+    model.set_normalisation(mean)
+    std = mean.std(dim=(0, 2, 3)).view(5, 1, 1) * torch.tensor([1, 1, 1, 2, 2]).view(5, 1, 1)  # colours, details
+    torch.testing.assert_close(model.std, std)
     torch.testing.assert_close((latents - mean) / draw, (log_variance.exp() + (extra * std) ** 2).sqrt(),
                                rtol=1e-3, atol=1e-4)
     generator = torch.Generator().manual_seed(0)

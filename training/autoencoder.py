@@ -53,8 +53,8 @@ class AutoencoderTrainingConfig(TrainingConfig):
     kl_weight: float = setting(5e-3, "weight of the KL divergence of the latents from a standard normal distribution",
                                least=0)
     latent_noise: float = setting(0.0, "largest deviation of noise that is added to latents before they are decoded, "
-                                       "half of it for mean colours and twice for the channels beside them: the "
-                                       "decoder learns to ignore small errors of samples", least=0)
+                                       "as they would be normalised: the decoder learns to ignore small errors of "
+                                       "samples", least=0)
 
     @property
     def network(self) -> AutoencoderConfig:
