@@ -38,7 +38,7 @@ from evaluation.measure import (
     measure_samples,
 )
 from evaluation.report import table, write_report
-from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
+from models.pipeline import DEFAULT_GUIDANCE, GUIDES, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS
 from training.labels import BEFORE_METADATA
 from utils.cli import device_setting, parse, precision_setting, seed_setting, setting
@@ -65,10 +65,11 @@ class Settings:
                                   kind=str)
     steps: int | None = setting(None, "network passes for a sample (default: as for those grids; 50 for another "
                                 "sampler)", kind=int, least=1)
-    guidance: float = setting(1.0, "classifier-free guidance scale (1 = off); higher values make samples less varied "
-                              "than the data")
+    guidance: float = setting(1.0, "scale of the guidance (1 = off); higher values make samples less varied than the "
+                              "data")
+    guide: str | None = setting(None, "what it goes away from, as in generate.py", GUIDES, kind=str)
     num_guided: int = setting(200, "samples at guidance 3, generate.py's default, that are searched for copies as "
-                              "well, of a model with types; 0: none", least=0)
+                              "well, of a model that guidance suits; 0: none", least=0)
     num_likelihood: int = setting(200, "training images, and unseen images, whose bits and membership are estimated; "
                                   "0: none", least=0)
     likelihood_steps: int = setting(16, "timesteps visited for each of them", least=1)
@@ -106,7 +107,7 @@ def main() -> None:
         outside = EfficientNetFeatures(device) if settings.features else None
         infos = find_checkpoints(settings)
         if settings.guidance != 1 and not settings.samples:
-            check_guidance(infos, settings.guidance)
+            check_guidance(infos, settings)
         settings.output.mkdir(parents=True, exist_ok=True)
 
         # Measure one checkpoint after another; only one at a time is in memory.
@@ -135,11 +136,11 @@ def find_checkpoints(settings: Settings) -> list[CheckpointInfo]:
     return [read_info(path) for path in settings.checkpoint or (newest_checkpoint(),)]
 
 
-def check_guidance(infos: list[CheckpointInfo], guidance: float) -> None:
-    """Raise ValueError for a guidance scale that one of the checkpoints cannot follow."""
+def check_guidance(infos: list[CheckpointInfo], settings: Settings) -> None:
+    """Raise ValueError for guidance that one of the checkpoints cannot follow."""
     for info in infos:
         pipeline = Pipeline.load(info.path)
-        pipeline.check_guidance(guidance, labels=torch.zeros(1, len(pipeline.class_names)))
+        pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), settings.guide)
 
 
 def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData:
@@ -184,14 +185,15 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
         measurement.samples = load_samples(settings.samples, data.train.shape[-1])
     else:
         measurement.samples, measurement.sampling = draw_samples(pipeline, data, settings.num_samples,
-                                                                 guidance=settings.guidance, **drawing)
+                                                                 guidance=settings.guidance, guide=settings.guide,
+                                                                 **drawing)
     if pipeline and settings.num_likelihood:
         effort = (settings.num_likelihood, settings.likelihood_steps)
         measure_bits(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)
         measure_membership(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)
     print(f"measuring {len(measurement.samples):,} samples")
     measure_samples(measurement, data, outside, fid=settings.fid, cuda=device.type == "cuda")
-    can_be_guided = pipeline and not settings.samples and pipeline.supports_guidance
+    can_be_guided = pipeline and not settings.samples and pipeline.guides
     if can_be_guided and settings.num_guided and settings.guidance != DEFAULT_GUIDANCE:
         measure_guided_copies(measurement, pipeline, data, settings.num_guided, **drawing)
     return measurement

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
+from models.pipeline import DEFAULT_GUIDANCE, GUIDES, TYPES, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS, repeat_parts, slerp
 from training.labels import parse_types
 from utils.cli import MAX_SEED, device_setting, parse, precision_setting, seed_setting, setting
@@ -58,8 +58,11 @@ class Settings:
                                            "--types all; 16 for --interpolate)", kind=int, above=0)
     types: str | None = setting(None, "types to show, one or more of the checkpoint's, as in \"fire flying\"; or all, "
                                       "for a row per type (default: any)", kind=str)
-    guidance: float | None = setting(None, "classifier-free guidance scale for --types; 1 is off (default: "
-                                           f"{DEFAULT_GUIDANCE:g})", kind=float)
+    guidance: float | None = setting(None, f"scale of the guidance; 1 is off (default: {DEFAULT_GUIDANCE:g} with "
+                                           "--types, or where the checkpoint holds an earlier network)", kind=float)
+    guide: str | None = setting(None, "what guidance goes away from; earlier: the network after less training, which "
+                                      "train.py --guide_at keeps; types: images of any type (default: earlier where "
+                                      "there is one)", GUIDES, kind=str)
     sampler: str | None = setting(None, "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
                                   + " (default: the checkpoint's own, if its training chose one; else ddpm)",
                                   tuple(SAMPLERS), kind=str)
@@ -129,19 +132,20 @@ def main() -> None:
             settings |= dict(timesteps=list(args.timesteps))
         if args.interpolate:
             settings |= dict(interpolate=list(args.interpolate))
-        guidance = choose_guidance(args, plan, pipeline)
-        settings |= dict(guidance=guidance, image_size=pipeline.image_size, scale=args.scale)
+        guidance, guide = choose_guidance(args, plan, pipeline)
+        settings |= dict(guidance=guidance) | (dict(guide=guide) if guide else {})
+        settings |= dict(image_size=pipeline.image_size, scale=args.scale)
         passes = count_passes(plan, steps)
         prepare_output(args, plan, pipeline.image_size)
         print(f"{checkpoint}: {len(plan.seeds)} images of {pipeline.image_size} x {pipeline.image_size}, {sampler} in "
               f"{steps} steps" + (f", repeated in {passes} passes" if passes > steps else "")
-              + (f", guidance {guidance:g}" if any(plan.types) else "")
+              + (f", guidance {guidance:g} (guide: {guide})" if guide else "")
               + f", on {describe_device(device)}, {pipeline.precision}")
         if steps >= MANY_STEPS and args.sampler is None and not args.interpolate:
             print("hint: --sampler sde-dpm++ takes 20 steps, for images that are about as good")
 
         # Draw and write.
-        images, frames = draw(pipeline, plan, args, sampler, steps, guidance)
+        images, frames = draw(pipeline, plan, args, sampler, steps, guidance, guide)
         write(to_uint8(images), plan, args, settings)
         if args.gif:
             write_gif([image_grid(torch.cat(parts), plan.columns, args.scale, plan.row_names)
@@ -276,18 +280,17 @@ def choose_sampler(args: Settings, pipeline: Pipeline) -> tuple[str, int]:
     return pipeline.choose_sampler(sampler, len(args.timesteps) or args.steps)
 
 
-def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> float:
-    """Return the guidance scale. Raises ValueError for one that cannot be followed."""
-    if not any(plan.types):
-        if args.guidance is not None:
-            known = ", ".join(pipeline.class_names)
-            raise ValueError("--guidance strengthens types, and there are none: " + (
-                f"add --types, with one or more of {known}" if known else "this checkpoint knows none"))
-        return 1.0
-    if args.guidance is not None:
-        pipeline.check_guidance(args.guidance, pipeline.class_labels(plan.types))
-        return args.guidance
-    return DEFAULT_GUIDANCE if pipeline.supports_guidance else 1.0
+def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> tuple[float, str | None]:
+    """Return the guidance scale and the guide. Raises ValueError for one that cannot be followed."""
+    has_types = any(plan.types)
+    guidance = pipeline.default_guidance(has_types) if args.guidance is None else args.guidance
+    guides_by_types = args.guide == TYPES or args.guide is None and pipeline.earlier is None
+    if (args.guidance is not None or args.guide) and guides_by_types and not has_types:
+        known = ", ".join(pipeline.class_names)
+        raise ValueError("--guidance strengthens types, and there are none: " + (
+            f"add --types, with one or more of {known}" if known else "this checkpoint knows none"))
+    return guidance, pipeline.choose_guide(guidance, pipeline.class_labels(plan.types) if has_types else None,
+                                           args.guide)
 
 
 def prepare_output(args: Settings, plan: Plan, image_size: int) -> None:
@@ -317,8 +320,8 @@ def count_passes(plan: Plan, steps: int) -> int:
     return len(repeat_parts([(0, -1)] * steps, plan.inpainting.get("resample", 1)))
 
 
-def draw(pipeline: Pipeline, plan: Plan, args: Settings, sampler: str, steps: int, guidance: float
-         ) -> tuple[torch.Tensor, dict[float, list[torch.Tensor]]]:
+def draw(pipeline: Pipeline, plan: Plan, args: Settings, sampler: str, steps: int, guidance: float,
+         guide: str | None) -> tuple[torch.Tensor, dict[float, list[torch.Tensor]]]:
     """Draw the images, and the frames of the animation: for some steps, the x_t of each batch as uint8."""
     frames: dict[float, list[torch.Tensor]] = {}
     passes = count_passes(plan, steps)
@@ -333,7 +336,7 @@ def draw(pipeline: Pipeline, plan: Plan, args: Settings, sampler: str, steps: in
 
         images = (pipeline.inpaint if plan.inpainting else pipeline.sample)(
             plan.seeds, **plan.inpainting, labels=pipeline.class_labels(plan.types) if any(plan.types) else None,
-            guidance=guidance, sampler=sampler, steps=steps, x_T=plan.x_T, start=plan.start,
+            guidance=guidance, guide=guide, sampler=sampler, steps=steps, x_T=plan.x_T, start=plan.start,
             batch_size=args.batch_size, callback=after_step, timesteps=args.timesteps or None, **plan.options,
         )
     frames[passes] = [to_uint8(images)]

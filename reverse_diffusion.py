@@ -226,9 +226,9 @@ def repeat_parts(path: list[tuple[int, int]], resample: int, jump: int | None = 
 @torch.no_grad()
 def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: torch.Tensor, *,
            sampler: str = "ddpm", steps: int | None = None, prediction: str = "eps",
-           labels: torch.Tensor | None = None, guidance: float = 1.0, start: int | None = None,
-           timesteps: Sequence[int] | None = None, clip: bool | float = True, inpainting: Inpainting | None = None,
-           draw_noise: Callable[[], torch.Tensor] | None = None,
+           labels: torch.Tensor | None = None, guidance: float = 1.0, worse: Callable[..., torch.Tensor] | None = None,
+           start: int | None = None, timesteps: Sequence[int] | None = None, clip: bool | float = True,
+           inpainting: Inpainting | None = None, draw_noise: Callable[[], torch.Tensor] | None = None,
            callback: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
            **options: float | str) -> torch.Tensor:
     """Run the reverse process from x_T, standard normal [B, C, H, W], to images of the same shape.
@@ -240,15 +240,16 @@ def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: t
         steps: number of network passes, 1 ... T (1 ... start + 1 with `start`); None means all.
         prediction: what the output means: "eps", "v" or "x0".
         labels: multi-hot [B, K]; a row of zeros is unconditional. None: the model takes no labels.
-        guidance: classifier-free guidance scale (Ho & Salimans 2022): output = unconditional + guidance *
-            (conditional - unconditional). 1 is the conditional output, in one pass; any other scale doubles the batch.
+        guidance: scale of the guidance: output = worse output + guidance * (output - worse output). 1 is the model's
+            own output, in one pass; any other scale takes two.
+        worse: a worse model (Karras et al. 2024). None: the model itself without labels (Ho & Salimans 2022).
         start: the timestep of x_T, 0 ... T-1; None means T-1. Below that, x_T is an image to which
             `NoiseScheduler.add_noise` added that timestep's noise (SDEdit, Meng et al. 2022).
         timesteps: the timesteps to visit, falling, in place of `steps` and `start`; None: as the sampler spaces them.
         clip: keep each predicted x_0 within [-1, 1], or within plus and minus another number; eps is derived again
             from the clipped x_0. Without it, the errors of an eps network at large t (multiplied by up to 157 on the
             linear schedule, and more on the cosine one) end as black or garish images.
-        inpainting: what to keep of an image; `repeat_parts` then makes more passes of the steps.
+        inpainting: what to keep of an image; `repeat_parts` then repeats parts of the path.
         draw_noise: returns the noise of the next step, shaped as x_T. None: torch's global generator.
         callback: called after each pass with (its number from 0, x_t, predicted x_0).
         options: of the sampler: `eta` for ddim, `variance` for ddpm.
@@ -258,14 +259,14 @@ def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: t
 
     Raises:
         ValueError: for an unknown sampler, option or prediction, for steps, start or timesteps out of range, for a
-            number of label rows other than B, for guidance that is not finite or has no labels, and for predicting eps
-            from a timestep of zero SNR.
+            number of label rows other than B, for guidance that is not finite or has neither labels nor a worse model,
+            and for predicting eps from a timestep of zero SNR.
     """
     chosen = find_sampler(sampler)
     if unknown := options.keys() - set(chosen.options):
         raise ValueError(f"sampler {sampler} has no option {', '.join(sorted(unknown))}")
     path = _path(scheduler.num_timesteps, start, steps, chosen.timesteps, timesteps)
-    network = _guided(model, x_T, labels, guidance)
+    network = _guided(model, worse, x_T, labels, guidance)
     draw_noise = draw_noise or (lambda: torch.randn_like(x_T))
 
     x_t, now, previous = x_T, path[0][0], None
@@ -309,25 +310,31 @@ def _path(num_timesteps: int, start: int | None, steps: int | None, space: Calla
     return list(zip(timesteps, timesteps[1:] + [-1]))
 
 
-def _guided(model: Callable, x_T: torch.Tensor, labels: torch.Tensor | None, guidance: float) -> Callable:
+def _guided(model: Callable, worse: Callable | None, x_T: torch.Tensor, labels: torch.Tensor | None, guidance: float
+            ) -> Callable:
     """Return (x_t, t) -> output, with labels and guidance bound."""
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, not {guidance}")
-    if labels is None:
-        if guidance != 1:
-            raise ValueError(f"guidance {guidance} needs labels, and there are none: leave it at 1")
-        return model
-    if len(labels) != len(x_T):
+    if guidance != 1 and labels is None and worse is None:
+        raise ValueError(f"guidance {guidance} needs labels, and there are none: leave it at 1")
+    if labels is not None and len(labels) != len(x_T):
         raise ValueError(f"{len(labels)} rows of labels for {len(x_T)} images")
-    labels = labels.to(x_T.device)
+    inputs = () if labels is None else (labels.to(x_T.device),)
     if guidance == 1:
-        return lambda x_t, t: model(x_t, t, labels)
-    both = torch.cat([labels, torch.zeros_like(labels)])
+        return lambda x_t, t: model(x_t, t, *inputs)
+
+    if worse is not None:
+        def both_outputs(x_t: torch.Tensor, t: torch.Tensor) -> Sequence[torch.Tensor]:
+            return model(x_t, t, *inputs), worse(x_t, t, *inputs)
+    else:
+        both_labels = torch.cat([inputs[0], torch.zeros_like(inputs[0])])
+
+        def both_outputs(x_t: torch.Tensor, t: torch.Tensor) -> Sequence[torch.Tensor]:
+            return model(torch.cat([x_t, x_t]), torch.cat([t, t]), both_labels).chunk(2)
 
     def network(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), both).to(x_t.dtype)
-        conditional, unconditional = output.chunk(2)
-        return unconditional + guidance * (conditional - unconditional)
+        output, worse_output = (part.to(x_t.dtype) for part in both_outputs(x_t, t))
+        return worse_output + guidance * (output - worse_output)
 
     return network
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -26,8 +27,8 @@ import torch
 
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler
 from models.autoencoder import Autoencoder
-from models.pipeline import Pipeline, checked_space, load_space
-from models.space import LatentSpace, PixelSpace
+from models.pipeline import Pipeline
+from models.space import LatentSpace, PixelSpace, checked_space, load_space
 from reverse_diffusion import SAMPLERS
 from training.augment import AUGMENT_DIM, augment, fixed_augmentations
 from training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
@@ -103,7 +104,10 @@ class Config(TrainingConfig):
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
     sample_steps: int = setting(50, "network passes for a sample grid", above=0)
-    guidance: float = setting(1.0, "classifier-free guidance scale of the sample grids (1 = off)")
+    guidance: float = setting(1.0, "guidance scale of the sample grids (1 = off)")
+    guide_at: float = setting(0.0, "keep the network's average as it is after this fraction of the training, as 0.3: "
+                                   "guidance then goes away from it (autoguidance), with types or without; 0: do not",
+                              least=0, below=1)
 
 
 PRESETS = {
@@ -141,7 +145,8 @@ PRESETS["few_steps"] = PRESETS["quick"] | dict(
     epochs=8, lr=1e-4, lr_schedule="constant", clip_grad=100.0, sample_every=4,
 )
 # Settings that go with another one, unless flags say otherwise.
-IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32")}
+IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32", guidance=1.0,
+                                            guide_at=0.0)}
 
 # The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
 OWN_AUTOENCODER = dict(channels=6, mean_colours=True, kl_weight=1e-3, latent_noise=0.4, sample_every=5)
@@ -218,14 +223,16 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     total_steps = Timetable(config, len(run_images.dataset)).total_steps
     loss = make_loss(config, scheduler, space, precision, net, total_steps)
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
-    step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps)
+    step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps,
+                        guide_step=math.ceil(config.guide_at * total_steps))
 
     # Loop, with sample grids that always start from the same noise, so that one sees the same images grow.
     def draw_grid(path: Path) -> None:
-        pipeline = Pipeline(step.ema, scheduler, space, asdict(config), class_names, device, precision)
+        pipeline = Pipeline(step.ema, scheduler, space, asdict(config), class_names, device, precision, step.earlier)
         sampler, steps = pipeline.grid_sampler
+        guidance = 1.0 if config.guide_at and step.earlier is None else config.guidance
         labels = each_class_in_turn(config.num_samples, len(class_names))
-        square_grid(pipeline.sample(range(config.num_samples), labels=labels, guidance=config.guidance,
+        square_grid(pipeline.sample(range(config.num_samples), labels=labels, guidance=guidance,
                                     sampler=sampler, steps=steps)).save(path)
 
     content = dict(network=dict(kind="unet", config=asdict(net.config)), scheduler=scheduler.config(),
@@ -341,6 +348,10 @@ def measure_latents(space: LatentSpace, config: Config, batches: Iterable[torch.
 
 def check_guidance(config: Config, num_classes: int) -> None:
     """Raise ValueError for guidance that the sample grids could not follow."""
+    if config.guide_at and config.objective == CONSISTENCY:
+        raise ValueError("--guide_at is for --objective denoising: leave it out")
+    if config.guide_at:
+        return
     if config.guidance != 1 and not num_classes:
         raise ValueError(f"--guidance {config.guidance} needs types, and the images have none: give --guidance 1")
     if config.guidance != 1 and not config.label_dropout:

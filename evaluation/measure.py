@@ -26,7 +26,7 @@ from evaluation.image_statistics import image_statistics
 from evaluation.likelihood import generalisation_gap, png_bits, variational_bound
 from evaluation.membership import denoising_errors, gap_by_noise, membership, noise_levels
 from evaluation.memorization import find_copies, warp_uint8
-from models.pipeline import DEFAULT_GUIDANCE, Pipeline
+from models.pipeline import DEFAULT_GUIDANCE, TYPES, Pipeline
 from utils.images import to_uint8
 from utils.seeding import seed_from
 
@@ -82,15 +82,16 @@ class Measurement:
 
 
 def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, sampler: str | None = None,
-                 steps: int | None = None, guidance: float = 1.0, seed: int = 0, batch_size: int = 64
-                 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Draw samples, uint8 [num_samples, 3, S, S]; also return the sampler, steps, seed and guidance.
+                 steps: int | None = None, guidance: float = 1.0, guide: str | None = None, seed: int = 0,
+                 batch_size: int = 64) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Draw samples, uint8 [num_samples, 3, S, S]; also return the sampler, steps, seed, guidance and guide.
 
     A model with types gets the labels of random training images, so that the samples have the types of the data.
 
     Args:
         sampler: default: that of the training's sample grids.
         steps: default: as for those grids; 50 for another sampler.
+        guide: what guidance goes away from, see `Pipeline.choose_guide`.
         seed: sample i is drawn from seed + i.
 
     Raises:
@@ -102,9 +103,10 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
     steps = steps or (grid_steps if sampler == grid_sampler else OTHER_SAMPLER_STEPS)
     steps = min(steps, pipeline.scheduler.num_timesteps)
     labels = sample_labels(data, num_samples, seed)
-    if guidance != 1 and pipeline.class_names and labels is None:
+    guides_by_types = guide == TYPES or pipeline.earlier is None
+    if guidance != 1 and guides_by_types and pipeline.class_names and labels is None:
         raise ValueError("--guidance strengthens types, and the images of the data have none: leave --guidance out")
-    pipeline.check_guidance(guidance, labels)
+    guide = pipeline.choose_guide(guidance, labels, guide)
 
     # Batches, each converted to uint8 at once: floats would take four times the memory
     batches = []
@@ -114,11 +116,11 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
             high = min(low + batch_size, num_samples)
             images = pipeline.sample(
                 range(seed + low, seed + high), labels=None if labels is None else labels[low:high],
-                guidance=guidance, sampler=sampler, steps=steps, batch_size=batch_size,
+                guidance=guidance, guide=guide, sampler=sampler, steps=steps, batch_size=batch_size,
                 callback=lambda *_: bar.update(),
             )
             batches.append(to_uint8(images))
-    return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance)
+    return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance, guide=guide)
 
 
 def sample_labels(data: EvaluationData, count: int, seed: int) -> torch.Tensor | None:
@@ -293,13 +295,14 @@ def measure_guided_copies(measurement: Measurement, pipeline: Pipeline, data: Ev
     Guidance makes samples typical of their types; where few training images have these types, that can mean a copy.
     The samples have the seeds and types of the first plain ones.
     """
-    if measurement.copies is None or sample_labels(data, 1, seed) is None:
+    labels = sample_labels(data, num_samples, seed)
+    if measurement.copies is None or pipeline.default_guidance(labels is not None) == 1:
         return
     samples, _ = draw_samples(pipeline, data, num_samples, sampler=sampler, steps=steps, guidance=DEFAULT_GUIDANCE,
                               seed=seed, batch_size=batch_size)
     is_copy = find_copies(samples, data.train, data.copy_thresholds, data.feature_space)[1]["pixels"]
     measurement.figures["copies_guided"] = _copies_figure(is_copy, data, "pixels")
-    _add_copies_by_type(measurement, data, "guided", is_copy, sample_labels(data, num_samples, seed))
+    _add_copies_by_type(measurement, data, "guided", is_copy, labels)
 
 
 def _copies_figure(is_copy: torch.Tensor, data: EvaluationData, kind: str) -> dict[str, Any]:

@@ -26,7 +26,8 @@ from utils.device import autocast, memory_format, pick_precision
 from utils.seeding import seed_from
 
 NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and its class
-DEFAULT_GUIDANCE = 3.0  # when labels are given
+DEFAULT_GUIDANCE = 3.0  # where there is something to guide away from
+EARLIER, TYPES = GUIDES = ("earlier", "types")  # what that is: the network after less training, or images of any type
 GRID_SAMPLER = ("ddim", 50)  # of sample grids during training, unless the training chose another
 DECODE_BATCH = 16  # images whose latents are decoded at a time
 BUNDLED = ("critters_128.pt", "critters.pt")  # models that come with the repository, the one to show first
@@ -43,19 +44,21 @@ class Pipeline:
         class_names: in the order of the label columns; empty for an unconditional model.
         device: where it runs.
         precision: "bf16", "fp16" or "fp32".
+        earlier: the network after less training, on `device`, which guidance goes away from; None: there is none.
 
     All are attributes of the same name; so are `image_size` and `prediction`.
     """
 
     def __init__(self, net: nn.Module, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace,
-                 settings: dict[str, Any], class_names: Sequence[str], device: torch.device, precision: str):
+                 settings: dict[str, Any], class_names: Sequence[str], device: torch.device, precision: str,
+                 earlier: nn.Module | None = None):
         self.net, self.scheduler, self.space, self.settings = net, scheduler, space, settings
         self.class_names, self.device, self.precision = tuple(class_names), device, precision
+        self.earlier = earlier
         self.image_size, self.prediction = settings["image_size"], settings["prediction"]
         self._in_full_batches = functools.partial(in_full_batches, precision)  # not a method: that would be a cycle
-        self._network: Callable[..., torch.Tensor] = functools.partial(self._in_full_batches, net)
-        if device.type == "cuda":  # recorded once per shape, for all samples that this pipeline draws
-            self._network = CUDAGraphed(self._network, max_recordings=4, ordinary_calls=2)
+        self._network = self._prepare(net)
+        self._earlier_network = None if earlier is None else self._prepare(earlier)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", precision: str = "auto") -> Pipeline:
@@ -70,6 +73,7 @@ class Pipeline:
             raise CheckpointError(f"{path} holds no diffusion model; choose the checkpoint of a train.py run")
         try:
             net = _build_network(content["network"], content["ema"])
+            earlier = _build_network(content["network"], content["earlier"]) if "earlier" in content else None
             scheduler = NoiseScheduler(**content["scheduler"])
             space = space_from_state(content.get("autoencoder"))
             settings, class_names = content["config"], tuple(content.get("types", ()))
@@ -77,10 +81,18 @@ class Pipeline:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} is incomplete or of another version of PokeDiff; choose another "
                                   f"file") from error
-        check_finite(path, net)
-        net = net.to(device, memory_format=memory_format(device)).eval()
+        networks = [net] if earlier is None else [net, earlier]
+        check_finite(path, *networks)
+        for network in networks:
+            network.to(device, memory_format=memory_format(device)).eval()
         space = space.to(device, memory_format=memory_format(device))
-        return cls(net, scheduler, space, settings, class_names, device, pick_precision(precision, device))
+        return cls(net, scheduler, space, settings, class_names, device, pick_precision(precision, device), earlier)
+
+    def _prepare(self, net: nn.Module) -> Callable[..., torch.Tensor]:
+        """Return `net` as it is called: in full batches, and on CUDA recorded once per shape, for all samples."""
+        network = functools.partial(self._in_full_batches, net)
+        on_cuda = self.device.type == "cuda"
+        return CUDAGraphed(network, max_recordings=4, ordinary_calls=2) if on_cuda else network
 
     # -----------------------------------------------------------------------------------------------------------------
     # what to draw, and how
@@ -138,18 +150,35 @@ class Pipeline:
         return self.settings.get("teacher_guidance", 0.0) or 1.0
 
     @property
-    def supports_guidance(self) -> bool:
-        """Whether the training dropped labels, so that guidance has an unconditional output to compare with.
+    def guides(self) -> tuple[str, ...]:
+        """What guidance can go away from, of GUIDES, the default first.
 
-        False where guidance is built in: more of it would be guidance twice.
+        TYPES is not among them where the training dropped no labels, and so has no output without, nor where guidance
+        is built in: more of it would be guidance twice.
         """
-        return (bool(self.class_names) and self.settings.get("label_dropout", 0.1) > 0
-                and self.built_in_guidance == 1)
+        drops_types = self.class_names and self.settings.get("label_dropout", 0.1) > 0
+        can_guide = {EARLIER: self.earlier is not None, TYPES: drops_types and self.built_in_guidance == 1}
+        return tuple(guide for guide in GUIDES if can_guide[guide])
 
-    def check_guidance(self, guidance: float, labels: torch.Tensor | None) -> None:
-        """Raise ValueError for a guidance scale that this model cannot follow."""
+    def default_guidance(self, has_types: bool) -> float:
+        """The guidance scale where none is chosen, for images whose types are given, or not."""
+        return DEFAULT_GUIDANCE if EARLIER in self.guides or has_types and TYPES in self.guides else 1.0
+
+    def choose_guide(self, guidance: float, labels: torch.Tensor | None, guide: str | None = None) -> str | None:
+        """Return what to guide away from, the default if `guide` is None; None for a scale of 1.
+
+        Raises:
+            ValueError: for a guidance scale or a guide that this model cannot follow.
+        """
+        if guide not in (None, *GUIDES):
+            raise ValueError(f"unknown guide {guide!r}: choose {' or '.join(GUIDES)}")
+        if guide == EARLIER and self.earlier is None:
+            raise ValueError("this checkpoint holds no earlier network to guide away from, which train.py --guide_at "
+                             "keeps: leave --guide out")
         if guidance == 1:
-            return
+            return None
+        if guide != TYPES and self.earlier is not None:
+            return EARLIER
         if not self.class_names:
             raise ValueError("guidance strengthens types, and this checkpoint knows none: leave --guidance out")
         if labels is None:
@@ -158,9 +187,10 @@ class Pipeline:
         if self.built_in_guidance != 1:
             raise ValueError(f"this checkpoint has guidance {self.built_in_guidance:g} built in by its training: leave "
                              f"--guidance out")
-        if not self.supports_guidance:
+        if TYPES not in self.guides:
             raise ValueError("guidance compares with images of any type, and this checkpoint was trained with "
                              "--label_dropout 0, that is, without them: leave --guidance out")
+        return TYPES
 
     def class_labels(self, class_names: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return multi-hot labels, float32 [N, K], of the classes of each image.
@@ -185,8 +215,9 @@ class Pipeline:
     # drawing
 
     def sample(self, seeds: Sequence[int], *, labels: torch.Tensor | None = None, guidance: float = 1.0,
-               sampler: str | None = None, steps: int | None = None, x_T: torch.Tensor | None = None,
-               start: int | None = None, toward: tuple[int, Sequence[float]] | None = None, batch_size: int = 64,
+               guide: str | None = None, sampler: str | None = None, steps: int | None = None,
+               x_T: torch.Tensor | None = None, start: int | None = None,
+               toward: tuple[int, Sequence[float]] | None = None, batch_size: int = 64,
                callback: Callable | None = None, **options: Any) -> torch.Tensor:
         """Draw images [N, 3, S, S] in [-1, 1], float32 on the CPU.
 
@@ -196,7 +227,8 @@ class Pipeline:
         Args:
             seeds: one integer an image.
             labels: multi-hot [N, K], see `class_labels`.
-            guidance: classifier-free guidance scale; 1 is off.
+            guidance: scale of the guidance; 1 is off.
+            guide: what it goes away from, see `choose_guide`.
             sampler, steps: see `choose_sampler`.
             x_T: [N, *space.shape(image_size)], to start from; the seeds then determine only the noise of the steps.
             start: the timestep of x_T; None: the last.
@@ -207,14 +239,14 @@ class Pipeline:
             options: of the sampler, `timesteps`, `clip`, and `inpainting` in the space of x_0.
 
         Raises:
-            ValueError: as `choose_sampler`, `check_guidance` and `reverse_diffusion.sample` do, and for a number of
+            ValueError: as `choose_sampler`, `choose_guide` and `reverse_diffusion.sample` do, and for a number of
                 rows of labels or x_T other than that of the seeds.
         """
         for name, given in (("labels", labels), ("x_T", x_T)):
             if given is not None and len(given) != len(seeds):
                 raise ValueError(f"{len(given)} rows of {name} for {len(seeds)} seeds")
         sampler, steps = self.choose_sampler(sampler, steps)
-        self.check_guidance(guidance, labels)
+        worse = self._earlier_network if self.choose_guide(guidance, labels, guide) == EARLIER else None
         options = dict(clip=self.space.latent_range) | options
         images: list[torch.Tensor] = []
         i = 0
@@ -224,7 +256,7 @@ class Pipeline:
             try:
                 x_0 = sample(
                     self.denoise, self.scheduler, noise, sampler=sampler, steps=steps, prediction=self.prediction,
-                    labels=None if labels is None else labels[part], guidance=guidance, start=start,
+                    labels=None if labels is None else labels[part], guidance=guidance, worse=worse, start=start,
                     draw_noise=_seeded_steps(noise, seeds[part], toward and (toward[0], toward[1][part])),
                     callback=callback, **options,
                 )
@@ -344,33 +376,6 @@ def _check_consistent(config: UNetConfig, space: PixelSpace | LatentSpace, setti
         raise ValueError(f"impossible image size {size!r}")
     if len(class_names) != config.num_types or not all(type(name) is str for name in class_names):
         raise ValueError("classes without names")
-
-
-def load_space(path: str | Path, device: str | torch.device = "cpu") -> PixelSpace | LatentSpace:
-    """Load the autoencoder of a checkpoint, its own or that of a diffusion in its latents; pixels for an empty path.
-
-    Raises:
-        CheckpointError: as `load_checkpoint` does, and if there is no autoencoder in it, or one in parts.
-    """
-    if not path:
-        return PixelSpace()
-    if not Path(path).is_file():
-        raise CheckpointError(f"no autoencoder at {path}; train one with `python -m tools.train_autoencoder` (for "
-                              f"critters: with --preset quick)")
-    content = load_checkpoint(path)
-    if not isinstance(content.get("autoencoder"), dict):
-        raise CheckpointError(f"{path} holds no autoencoder; choose the checkpoint of a tools.train_autoencoder run")
-    # An autoencoder's own checkpoint has its averaged weights at "ema".
-    return checked_space(path, {"weights": content.get("ema"), **content["autoencoder"]}, device)
-
-
-def checked_space(path: str | Path, state: dict[str, Any] | None, device: str | torch.device = "cpu"
-                  ) -> PixelSpace | LatentSpace:
-    """Build the space stored in the checkpoint at `path`. Raises CheckpointError if its parts do not fit."""
-    try:
-        return space_from_state(state, device)
-    except ValueError as error:
-        raise CheckpointError(f"{path} has an autoencoder that cannot be used ({error}); choose another") from error
 
 
 def newest_checkpoint(folder: str | Path = "checkpoints") -> Path:

@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from models.autoencoder import Autoencoder, AutoencoderConfig
-from utils.checkpoint import build_module
+from utils.checkpoint import CheckpointError, build_module, load_checkpoint
 from utils.device import autocast, memory_format
 from utils.images import psnr
 
@@ -153,3 +154,30 @@ def space_from_state(state: dict[str, Any] | None, device: str | torch.device = 
         raise ValueError("latents without a spread")
     autoencoder.to(device, memory_format=memory_format(torch.device(device)))
     return LatentSpace(autoencoder.eval().requires_grad_(False))
+
+
+def load_space(path: str | Path, device: str | torch.device = "cpu") -> PixelSpace | LatentSpace:
+    """Load the autoencoder of a checkpoint, its own or that of a diffusion in its latents; pixels for an empty path.
+
+    Raises:
+        CheckpointError: as `load_checkpoint` does, and if there is no autoencoder in it, or one in parts.
+    """
+    if not path:
+        return PixelSpace()
+    if not Path(path).is_file():
+        raise CheckpointError(f"no autoencoder at {path}; train one with `python -m tools.train_autoencoder` (for "
+                              f"critters: with --preset quick)")
+    content = load_checkpoint(path)
+    if not isinstance(content.get("autoencoder"), dict):
+        raise CheckpointError(f"{path} holds no autoencoder; choose the checkpoint of a tools.train_autoencoder run")
+    # An autoencoder's own checkpoint has its averaged weights at "ema".
+    return checked_space(path, {"weights": content.get("ema"), **content["autoencoder"]}, device)
+
+
+def checked_space(path: str | Path, state: dict[str, Any] | None, device: str | torch.device = "cpu"
+                  ) -> PixelSpace | LatentSpace:
+    """Build the space stored in the checkpoint at `path`. Raises CheckpointError if its parts do not fit."""
+    try:
+        return space_from_state(state, device)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has an autoencoder that cannot be used ({error}); choose another") from error

@@ -17,8 +17,8 @@ import generate
 import train
 from forward_diffusion import NoiseScheduler
 from models.autoencoder import Autoencoder, AutoencoderConfig
-from models.pipeline import Pipeline, load_space, newest_checkpoint
-from models.space import LatentSpace, PixelSpace, space_from_state
+from models.pipeline import Pipeline, newest_checkpoint
+from models.space import LatentSpace, PixelSpace, load_space, space_from_state
 from reverse_diffusion import SAMPLERS, sample
 from training.dataset import ImageFolder
 from training.run_images import plain_batches

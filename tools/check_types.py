@@ -56,7 +56,7 @@ def main() -> None:
             raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
         if settings.guidance is None:
-            settings.guidance = DEFAULT_GUIDANCE if pipeline.supports_guidance else 1.0
+            settings.guidance = pipeline.default_guidance(has_types=True)
 
         # Draw.
         requested = [types for types in SINGLES for _ in range(settings.num_images)]
@@ -80,7 +80,7 @@ def draw(pipeline: Pipeline, requested: Sequence[tuple[str, ...]], settings: Set
     labels = pipeline.class_labels(requested)
     # Checked by `sample` as well, but an error must not follow a progress bar.
     pipeline.choose_sampler(settings.sampler, settings.steps)
-    pipeline.check_guidance(settings.guidance, labels)
+    pipeline.choose_guide(settings.guidance, labels)
     passes = settings.steps * math.ceil(len(seeds) / BATCH_SIZE)
     with tqdm(total=passes, unit="step", dynamic_ncols=True) as bar:
         images = pipeline.sample(seeds, labels=labels, guidance=settings.guidance, sampler=settings.sampler,

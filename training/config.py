@@ -82,8 +82,8 @@ class TrainingConfig:
 # What a resumed run may change; anything else would make it another run.
 MAY_CHANGE_ON_RESUME = {
     "epochs", "max_steps", "grad_accum", "grad_checkpoint", "sample_every", "num_samples", "sampler", "sample_steps",
-    "guidance", "milestone_every", "milestones", "keep", "save_every", "log", "workers", "device", "precision",
-    "compile", "run_name",
+    "guidance", "guide_at", "milestone_every", "milestones", "keep", "save_every", "log", "workers", "device",
+    "precision", "compile", "run_name",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.pipeline import Pipeline
+from models.pipeline import TYPES, Pipeline
 from reverse_diffusion import SAMPLERS
 from training.loss import DiffusionLoss, to_x_0
 
@@ -139,6 +139,6 @@ def check_tunable(config: Any, start: Pipeline) -> None:
     if config.teacher_guidance and start.tuned:
         raise ValueError(f"--init {config.init} is tuned already and cannot be the teacher: give the model that it was "
                          f"tuned from, or leave --teacher_guidance out")
-    if config.teacher_guidance not in (0, 1) and not start.supports_guidance:
+    if config.teacher_guidance not in (0, 1) and TYPES not in start.guides:
         raise ValueError(f"--teacher_guidance {config.teacher_guidance} needs a model with types that was trained with "
                          f"--label_dropout above 0, and {config.init} is none: give 1, or leave it out")

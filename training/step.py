@@ -70,18 +70,22 @@ class TrainingStep:
         loss: has `draw_randomness` and `__call__`, see training/loss.py.
         config: a TrainingConfig.
         total_steps: of the whole run, over which a cosine learning rate falls.
+        guide_step: number of steps after which `earlier` is made; 0: never.
 
     Attributes:
         raw_net, ema: the network and its exponential moving average, from which samples are drawn.
+        earlier: the average as it was after `guide_step`, for guidance; None until then.
         ddp: the network with gradients averaged over processes; from `begin` on.
         net: `ddp`, compiled if `compile` succeeded; from `begin` on.
     """
 
     def __init__(self, net: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, config: TrainingConfig,
-                 device: torch.device, precision: str, dist: DistEnv, total_steps: int):
+                 device: torch.device, precision: str, dist: DistEnv, total_steps: int, guide_step: int = 0):
         self.raw_net, self.loss, self.optimizer, self.config = net, loss, optimizer, config
         self.device, self.precision, self.dist, self.total_steps = device, precision, dist, total_steps
         self.ema = copy.deepcopy(net).eval().requires_grad_(False)
+        self.earlier: nn.Module | None = None
+        self.guide_step = guide_step
         warnings.filterwarnings("ignore", message=".*capturable=True.*")  # about steps made before the recording
         # float16 has no room for small gradients: the scaler multiplies the loss as far as nothing overflows.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
@@ -104,6 +108,9 @@ class TrainingStep:
         try:
             self.raw_net.load_state_dict(checkpoint["model"])
             self.ema.load_state_dict(checkpoint["ema"])
+            if self.guide_step and "earlier" in checkpoint:
+                self.earlier = copy.deepcopy(self.ema)
+                self.earlier.load_state_dict(checkpoint["earlier"])
             if self.teacher is not None:
                 self.teacher.load_state_dict(checkpoint["teacher"])
             _load_adam(self.optimizer, checkpoint["optimizer"]["state"])
@@ -113,14 +120,19 @@ class TrainingStep:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not fit the network that its own settings describe; choose another "
                                   f"file") from error
-        check_finite(path, self.raw_net, self.ema, *([] if self.teacher is None else [self.teacher]))
+        check_finite(path, *(net for net in (self.raw_net, self.ema, self.earlier, self.teacher) if net is not None))
 
     def state(self) -> dict[str, Any]:
-        """Return what `load_state` restores, less the EMA."""
+        """Return what `load_state` restores, less the averages."""
         state = dict(model=self.raw_net.state_dict(), optimizer=self.optimizer.state_dict(),
                      scaler=self.scaler.state_dict(), stats=asdict(self.stats()))
         # A run must not depend on the file that its teacher came from.
         return state if self.teacher is None else state | dict(teacher=self.teacher.state_dict())
+
+    def averages(self) -> dict[str, Any]:
+        """Return the averaged weights that every checkpoint holds, by their names there."""
+        earlier = {} if self.earlier is None else dict(earlier=self.earlier.state_dict())
+        return dict(ema=self.ema.state_dict(), **earlier)
 
     def begin(self) -> None:
         """Prepare the first step, after anything was restored; the processes must have met."""
@@ -180,6 +192,9 @@ class TrainingStep:
         self.number = number
         self.compute(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True),
                      torch.full((), 1 - ema_beta, device=self.device), *(x[self.rank_slice] for x in randomness))
+        # At once where a resumed run has fewer epochs than before, and so is past that step.
+        if self.guide_step and self.earlier is None and number + 1 >= self.guide_step:
+            self.earlier = copy.deepcopy(self.ema)
 
     def _compute(self, images: torch.Tensor, labels: torch.Tensor, ema_rate: torch.Tensor,
                  *randomness: torch.Tensor) -> None:

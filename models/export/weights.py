@@ -14,7 +14,7 @@ import torch
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
 
 # What drawing and evaluating need; what only a training needs to go on stays behind.
-CONTENT = ("network", "ema", "autoencoder", "scheduler", "config", "types", "held_out", "step", "epoch")
+CONTENT = ("network", "ema", "earlier", "autoencoder", "scheduler", "config", "types", "held_out", "step", "epoch")
 
 
 def write_safetensors(checkpoint: Path, path: Path) -> None:

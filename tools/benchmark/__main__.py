@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from models.pipeline import load_space
+from models.space import load_space
 from tools.benchmark.baselines import PEERS, CompiledPokeDiff, PokeDiff, trainers
 from tools.benchmark.measure import measure_memory, measure_sampling, measure_training
 from tools.benchmark.roofline import Rates, machine_rates, profile

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from forward_diffusion import NoiseScheduler
-from models.pipeline import load_space
+from models.space import load_space
 from tools.benchmark.roofline import synchronize
 from training.augment import AUGMENT_RAND_DIM
 from training.batches import make_loader

@@ -1,0 +1,186 @@
+"""Guidance away from the network as it was after less training: kept by the training, followed when drawing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from gaussian import MEAN, STD, exact, seeded_noise, start
+from PIL import Image
+from scripts import FEW_STEPS, TINY, assert_one_line, assert_same_run, call, call_in, pictures, same
+
+import evaluate
+import export
+import generate
+import train
+from forward_diffusion import NoiseScheduler
+from models.pipeline import Pipeline
+from reverse_diffusion import SAMPLERS, sample
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from utils.images import to_uint8
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+SCHEDULER = NoiseScheduler(schedule="cosine")
+FLAGS = (*TINY, "--guide_at", 0.6, "--guidance", 2, "--sample_every", 1)  # kept after 4 of the 6 steps, 2 of 3 epochs
+
+
+@pytest.fixture(scope="module")
+def guided(tmp_path_factory) -> Path:
+    """Return a folder with a tiny run that keeps an earlier network. Not to be written to."""
+    return call_in(tmp_path_factory.mktemp("guided"), train, *FLAGS, "--milestones", 1, 2)
+
+
+def checkpoint(folder: Path, name: str = "final_model"):
+    return load_checkpoint(folder / f"checkpoints/{name}.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# drawing
+
+
+def draw(network, guidance=1.0, **options):
+    x_T = start(4)
+    return sample(network, SCHEDULER, x_T, prediction="v", steps=20, clip=False, guidance=guidance,
+                  draw_noise=seeded_noise(x_T), **options)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([[0.0], [1.0], [0.5], [1.0]])])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_output_goes_away_from_that_of_the_worse_network(sampler, labels):
+    network, worse = exact(SCHEDULER, "v"), exact(SCHEDULER, "v", std=2 * STD)
+
+    def combined(x_t, t, *labels):
+        return 3 * network(x_t, t, *labels) - 2 * worse(x_t, t, *labels)
+
+    options = dict(sampler=sampler, labels=labels)
+    torch.testing.assert_close(draw(network, 3.0, worse=worse, **options), draw(combined, **options))
+    assert draw(network, 1.0, worse=worse, **options).equal(draw(network, **options))
+    torch.testing.assert_close(draw(network, 0.0, worse=worse, **options), draw(worse, **options))
+
+
+def test_samples_are_more_typical_if_the_worse_network_spreads_its_samples_more():
+    """The density that guidance aims at, p (p / worse p)^(g - 1), is Gaussian here, with variance
+    1 / (g / variance - (g - 1) / worse variance), up to what is said in DIFFUSION_THEORY.md of one t and another."""
+    network, worse = exact(SCHEDULER, "v"), exact(SCHEDULER, "v", std=1.5 * STD)
+    x_T = start(4000)
+    options = dict(sampler="dpm++", steps=100, prediction="v", clip=False)
+    plain = sample(network, SCHEDULER, x_T, **options)
+    guided = sample(network, SCHEDULER, x_T, **options, worse=worse, guidance=2.0)
+    torch.testing.assert_close(guided.mean(0)[0], MEAN, rtol=0, atol=0.03)
+    assert (guided.std(0) < 0.9 * plain.std(0)).all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# training
+
+
+def test_the_earlier_network_is_the_average_after_that_part_of_the_training(guided):
+    final = checkpoint(guided)
+    assert same(final["earlier"], checkpoint(guided, "epoch_0002")["ema"])
+    assert not same(final["earlier"], final["ema"])
+    assert "earlier" not in checkpoint(guided, "epoch_0001") and "earlier" in checkpoint(guided, "epoch_0002")
+
+
+def test_training_itself_is_the_same_without(guided, trained):
+    assert same(checkpoint(guided)["ema"], checkpoint(trained)["ema"])
+
+
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_resumed_run_keeps_the_same_network(guided, steps):
+    assert call(train, *FLAGS, "--max_steps", steps) == 0
+    assert call(train, "--resume", "--max_steps", 0) == 0
+    assert_same_run(load_checkpoint("checkpoints/latest.pt"), checkpoint(guided, "latest"))
+    assert same(load_checkpoint("checkpoints/final_model.pt")["earlier"], checkpoint(guided)["earlier"])
+
+
+def test_a_run_that_is_resumed_past_that_step_keeps_the_next_average(trained):
+    assert call(train, *TINY, "--max_steps", 5) == 0
+    assert call(train, "--resume", "--max_steps", 0, "--guide_at", 0.5) == 0
+    final = load_checkpoint("checkpoints/final_model.pt")
+    assert same(final["earlier"], final["ema"]) and same(final["ema"], checkpoint(trained)["ema"])
+
+
+def test_grids_are_guided_once_there_is_an_earlier_network(guided, trained):
+    grids = [[(folder / f"outputs/generated_epoch_000{epoch}.png").read_bytes() for epoch in (1, 2, 3)]
+             for folder in (guided, trained)]
+    assert grids[0][0] == grids[1][0]  # there was none yet
+    assert grids[0][1] == grids[1][1]  # it is the network itself
+    assert grids[0][2] != grids[1][2]
+
+
+def test_tuning_to_few_steps_does_not_go_with_it(capsys):
+    code = call(train, "--preset", "few_steps", "--guide_at", 0.3, "--num_critters", 8)
+    assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+def generated(*flags, name: str = "a"):
+    assert call(generate, *FEW_STEPS, "--num_images", 4, *flags, "--individual", "--output", f"{name}.png") == 0
+    return pictures(name), json.loads(Image.open(f"{name}.png").text["PokeDiff"])
+
+
+def test_generate_goes_away_from_the_earlier_network_by_default(guided, capsys):
+    flags = ("--checkpoint", guided / "checkpoints/final_model.pt")
+    images, settings = generated(*flags)
+    assert (settings["guidance"], settings["guide"]) == (3, "earlier") and "guide: earlier" in capsys.readouterr().out
+    pipeline = Pipeline.load(flags[1], precision="fp32")
+    expected = pipeline.sample(range(4), sampler="ddpm", steps=3, guidance=3.0, guide="earlier")
+    assert not expected.equal(pipeline.sample(range(4), sampler="ddpm", steps=3))
+    for picture, image in zip(images.values(), to_uint8(expected), strict=True):
+        assert (picture == image.permute(1, 2, 0).numpy()).all()
+    plain, settings = generated(*flags, "--guidance", 1, name="b")
+    assert "guide" not in settings and any((a != b).any() for a, b in zip(images.values(), plain.values()))
+
+
+def test_a_type_can_be_the_guide_as_well(guided):
+    flags = ("--checkpoint", guided / "checkpoints/final_model.pt", "--types", "fire")
+    assert generated(*flags)[1]["guide"] == "earlier"
+    assert generated(*flags, "--guide", "types", name="b")[1]["guide"] == "types"
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--guide", "earlier"], ["no earlier network", "--guide_at"]),
+    (["--guide", "earlier", "--types", "fire"], ["no earlier network", "--guide_at"]),
+    (["--guide", "types"], ["--types", "fire"]),
+])
+def test_a_guide_that_is_not_there(final, flags, words, capsys):
+    code = call(generate, *FEW_STEPS, "--checkpoint", final, "--num_images", 1, *flags)
+    assert_one_line(code, capsys, *words)
+
+
+def test_the_guide_without_types_where_types_should_guide(guided, capsys):
+    code = call(generate, "--checkpoint", guided / "checkpoints/final_model.pt", "--guide", "types", "--guidance", 2)
+    assert_one_line(code, capsys, "--types")
+
+
+def test_a_damaged_earlier_network_is_refused(guided):
+    content = checkpoint(guided)
+    content["earlier"]["conv_in.weight"][0] = float("nan")
+    save_checkpoint("nan.pt", **content)
+    with pytest.raises(CheckpointError, match="not finite"):
+        Pipeline.load("nan.pt")
+    del content["earlier"]["conv_in.weight"]
+    save_checkpoint("parts.pt", **content)
+    with pytest.raises(CheckpointError, match="incomplete"):
+        Pipeline.load("parts.pt")
+
+
+def test_half_a_checkpoint_keeps_it(guided):
+    assert call(export, "--checkpoint", guided / "checkpoints/final_model.pt", "--to", "pt", "--output", "half.pt") == 0
+    images = [Pipeline.load(path).sample(range(2), steps=3, sampler="ddim", guidance=3.0)
+              for path in ("half.pt", guided / "checkpoints/final_model.pt")]
+    torch.testing.assert_close(*images, rtol=0, atol=0.02)
+
+
+def test_evaluation_measures_what_it_draws(guided):
+    flags = ("--checkpoint", guided / "checkpoints/final_model.pt", "--num_samples", 4, "--num_guided", 4,
+             "--num_likelihood", 0, "--device", "cpu", "--precision", "fp32")
+    for more, guide in ((["--guidance", 3], "earlier"), (["--guidance", 3, "--guide", "types"], "types"), ([], None)):
+        assert call(evaluate, *flags, *more) == 0
+        report = json.loads(Path("outputs/evaluation/report.json").read_text())
+        assert report["runs"][0]["sampling"]["guide"] == guide
