@@ -139,7 +139,7 @@ def main() -> None:
         prepare_output(args, plan, pipeline.image_size)
         print(f"{checkpoint}: {len(plan.seeds)} images of {pipeline.image_size} x {pipeline.image_size}, {sampler} in "
               f"{steps} steps" + (f", repeated in {passes} passes" if passes > steps else "")
-              + (f", guidance {guidance:g} (guide: {guide})" if guide else "")
+              + (f", guidance {guidance:g}" if guide or any(plan.types) else "") + (f" ({guide})" if guide else "")
               + f", on {describe_device(device)}, {pipeline.precision}")
         if steps >= MANY_STEPS and args.sampler is None and not args.interpolate:
             print("hint: --sampler sde-dpm++ takes 20 steps, for images that are about as good")

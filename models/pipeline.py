@@ -57,8 +57,8 @@ class Pipeline:
         self.earlier = earlier
         self.image_size, self.prediction = settings["image_size"], settings["prediction"]
         self._in_full_batches = functools.partial(in_full_batches, precision)  # not a method: that would be a cycle
-        self._network = self._prepare(net)
-        self._earlier_network = None if earlier is None else self._prepare(earlier)
+        self._network = self._prepare(net, device)
+        self._earlier_network = None if earlier is None else self._prepare(earlier, device)
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu", precision: str = "auto") -> Pipeline:
@@ -88,11 +88,10 @@ class Pipeline:
         space = space.to(device, memory_format=memory_format(device))
         return cls(net, scheduler, space, settings, class_names, device, pick_precision(precision, device), earlier)
 
-    def _prepare(self, net: nn.Module) -> Callable[..., torch.Tensor]:
+    def _prepare(self, net: nn.Module, device: torch.device) -> Callable[..., torch.Tensor]:
         """Return `net` as it is called: in full batches, and on CUDA recorded once per shape, for all samples."""
         network = functools.partial(self._in_full_batches, net)
-        on_cuda = self.device.type == "cuda"
-        return CUDAGraphed(network, max_recordings=4, ordinary_calls=2) if on_cuda else network
+        return CUDAGraphed(network, max_recordings=4, ordinary_calls=2) if device.type == "cuda" else network
 
     # -----------------------------------------------------------------------------------------------------------------
     # what to draw, and how

@@ -127,7 +127,8 @@ def generated(*flags, name: str = "a"):
 def test_generate_goes_away_from_the_earlier_network_by_default(guided, capsys):
     flags = ("--checkpoint", guided / "checkpoints/final_model.pt")
     images, settings = generated(*flags)
-    assert (settings["guidance"], settings["guide"]) == (3, "earlier") and "guide: earlier" in capsys.readouterr().out
+    assert (settings["guidance"], settings["guide"]) == (3, "earlier")
+    assert "guidance 3 (earlier)" in capsys.readouterr().out
     pipeline = Pipeline.load(flags[1], precision="fp32")
     expected = pipeline.sample(range(4), sampler="ddpm", steps=3, guidance=3.0, guide="earlier")
     assert not expected.equal(pipeline.sample(range(4), sampler="ddpm", steps=3))

@@ -141,11 +141,11 @@ def test_pngs_record_how_they_were_drawn(conditional, unconditional):
     flags = ["--num_images", 2, "--seed", 7, "--types", "Flying fire", "--sampler", "ddim", "--steps", 3]
     individual(conditional, "p", *flags, "--scale", 2)
     assert read_settings("p/seed_000008_flying_fire.png") == dict(
-        seed=8, types="flying fire", checkpoint="model.pt", sampler="ddim", steps=3, guidance=3.0, image_size=16,
-        scale=2)
+        seed=8, types="flying fire", checkpoint="model.pt", sampler="ddim", steps=3, guidance=3.0, guide="types",
+        image_size=16, scale=2)
     assert read_settings("p.png") == dict(
         seeds=[7, 8], types=["flying fire"], checkpoint="model.pt", sampler="ddim", steps=3, guidance=3.0,
-        image_size=16, scale=2)
+        guide="types", image_size=16, scale=2)
     individual(unconditional, "q", "--num_images", 1)
     assert read_settings("q/seed_000000.png") == dict(
         seed=0, types="", checkpoint="model.pt", sampler="ddpm", steps=4, guidance=1.0, image_size=16, scale=1)
@@ -200,7 +200,7 @@ def test_an_interpolation_ends_at_the_images_of_the_two_seeds(conditional):
     assert Image.open("walk.gif").n_frames == 8  # there and back again, without its ends twice
     assert read_settings("walk/step_003.png") == dict(
         step=3, types="water", checkpoint="model.pt", sampler="dpm++", steps=4, interpolate=[30, 2], guidance=3.0,
-        image_size=16, scale=1)
+        guide="types", image_size=16, scale=1)
     assert read_settings("walk.png")["interpolate"] == [30, 2] and "seeds" not in read_settings("walk.png")
 
 

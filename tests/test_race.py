@@ -128,7 +128,8 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch, capsys, stand_in):  # 
 def test_the_contender_is_the_quick_preset(plain_loss_curve):
     """Its weights, after the steps of a training that it was told the length of, are those of train.py."""
     preset = train.PRESETS["quick"]
-    for constants in (contender_module.QUICK_TRAINING, contender_module.QUICK_LOSS, contender_module.QUICK_NETWORK):
+    for constants in (contender_module.QUICK_TRAINING, contender_module.QUICK_LOSS, contender_module.QUICK_NETWORK,
+                      contender_module.QUICK_GUIDANCE):
         assert constants.items() <= preset.items()
     assert contender_module.QUICK_SCHEDULE == preset["schedule"]
 
@@ -144,7 +145,9 @@ def test_the_contender_is_the_quick_preset(plain_loss_curve):
             state = contender.state()
             contender = make_contender("pokediff", data, Path("files"), torch.device("cpu"))
             contender.load_state(state)
-    assert trained["step"] == 4 and same(dict(contender.state()["ema"]), dict(trained["ema"]))
+    assert trained["step"] == 4
+    for average in ("ema", "earlier"):
+        assert same(dict(contender.state()[average]), dict(trained[average]))
     assert contender.draw("sde-dpm++-2", 3, seed=0).shape == (3, 3, 16, 16)
     assert isinstance(contender, PokeDiff) and make_contender("pokediff-untyped", data, Path("files"),
                                                               torch.device("cpu")).class_names == ()

@@ -10,9 +10,10 @@ from torch import nn
 
 # The quick preset of train.py; tests/test_race.py holds one against the other.
 QUICK_TRAINING = dict(batch_size=16, lr=2.5e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999)
-QUICK_LOSS = dict(augment="flip", prediction="v", loss_weighting="min_snr")
+QUICK_LOSS = dict(augment="flip", prediction="v", lognormal=(-0.8, 1.0))
 QUICK_NETWORK = dict(width=32, multipliers=(1, 2, 2), blocks=1, groups=8)
 QUICK_SCHEDULE = "cosine"
+QUICK_GUIDANCE = dict(guide_at=0.3, guidance=3.0)
 MANY_STEPS = 10**9  # more than any race makes
 
 

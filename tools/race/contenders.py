@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from models.pipeline import Pipeline
 from models.space import PixelSpace
 from tools.race.contender import (
     MANY_STEPS,
+    QUICK_GUIDANCE,
     QUICK_LOSS,
     QUICK_NETWORK,
     QUICK_SCHEDULE,
@@ -75,20 +77,24 @@ class PokeDiff(Contender):
         if self.batches is None:
             self.batches = iter(make_loader(self.images, self.batch_size, 0, first_step=number))
         self.training_step.total_steps = planned_steps(number, progress)
+        self.training_step.guide_step = math.ceil(QUICK_GUIDANCE["guide_at"] * self.training_step.total_steps)
         self.training_step(*next(self.batches), number)
 
     def draw(self, sampler: str, count: int, seed: int) -> torch.Tensor:
         name, steps = sampler.rsplit("-", 1)
         settings = dict(image_size=self.data.train.shape[-1], prediction=QUICK_LOSS["prediction"])
         pipeline = Pipeline(self.training_step.ema, self.scheduler, PixelSpace(), settings, self.class_names,
-                            self.device, self.precision)
+                            self.device, self.precision, self.training_step.earlier)
         labels = sample_labels(self.data, count, seed) if self.class_names else None
-        return to_uint8(pipeline.sample(range(seed, seed + count), labels=labels, sampler=name, steps=int(steps)))
+        guidance = 1.0 if self.training_step.earlier is None else QUICK_GUIDANCE["guidance"]
+        return to_uint8(pipeline.sample(range(seed, seed + count), labels=labels, guidance=guidance, sampler=name,
+                                        steps=int(steps)))
 
     def state(self) -> dict[str, Any]:
-        return dict(ema=self.training_step.ema.state_dict(), **self.training_step.state())
+        return self.training_step.averages() | self.training_step.state()
 
     def load_state(self, state: dict[str, Any]) -> None:
+        self.training_step.guide_step = MANY_STEPS  # until a step sets it: what is restored is kept
         self.training_step.load_state("state.pt", state)
 
 
