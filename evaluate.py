@@ -38,7 +38,7 @@ from evaluation.measure import (
     measure_samples,
 )
 from evaluation.report import table, write_report
-from models.pipeline import DEFAULT_GUIDANCE, GUIDES, Pipeline, newest_checkpoint
+from models.pipeline import BY_EARLIER, BY_TYPES, DEFAULT_GUIDANCE, GUIDES, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS
 from training.labels import BEFORE_METADATA
 from utils.cli import device_setting, parse, precision_setting, seed_setting, setting
@@ -67,9 +67,10 @@ class Settings:
                                 "sampler)", kind=int, least=1)
     guidance: float = setting(1.0, "scale of the guidance (1 = off); higher values make samples less varied than the "
                               "data")
-    guide: str | None = setting(None, "what it goes away from, as in generate.py", GUIDES, kind=str)
+    guide: str | None = setting(None, "what guidance goes away from, as in generate.py (default: earlier where all "
+                                      "checkpoints hold an earlier network, else types)", GUIDES, kind=str)
     num_guided: int = setting(200, "samples at guidance 3, generate.py's default, that are searched for copies as "
-                              "well, of a model that guidance suits; 0: none", least=0)
+                              "well, of a model that can be guided; 0: none", least=0)
     num_likelihood: int = setting(200, "training images, and unseen images, whose bits and membership are estimated; "
                                   "0: none", least=0)
     likelihood_steps: int = setting(16, "timesteps visited for each of them", least=1)
@@ -106,8 +107,8 @@ def main() -> None:
             import_torch_fidelity()
         outside = EfficientNetFeatures(device) if settings.features else None
         infos = find_checkpoints(settings)
-        if settings.guidance != 1 and not settings.samples:
-            check_guidance(infos, settings)
+        if not settings.samples:
+            choose_guide(infos, settings)
         settings.output.mkdir(parents=True, exist_ok=True)
 
         # Measure one checkpoint after another; only one at a time is in memory.
@@ -136,11 +137,18 @@ def find_checkpoints(settings: Settings) -> list[CheckpointInfo]:
     return [read_info(path) for path in settings.checkpoint or (newest_checkpoint(),)]
 
 
-def check_guidance(infos: list[CheckpointInfo], settings: Settings) -> None:
-    """Raise ValueError for guidance that one of the checkpoints cannot follow."""
+def choose_guide(infos: list[CheckpointInfo], settings: Settings) -> None:
+    """Choose one guide for all checkpoints. Raises ValueError for guidance that one of them cannot follow."""
+    if settings.guide is None:
+        settings.guide = BY_EARLIER if all(info.has_earlier for info in infos) else BY_TYPES
+        if settings.guidance == 1:
+            return
     for info in infos:
         pipeline = Pipeline.load(info.path)
-        pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), settings.guide)
+        try:
+            pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), settings.guide)
+        except ValueError as error:
+            raise ValueError(f"{info.path}: {error}") from error
 
 
 def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData:
@@ -176,7 +184,8 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
              outside: EfficientNetFeatures | None) -> Measurement:
     """Measure one checkpoint, or the samples in a folder."""
     pipeline = Pipeline.load(info.path, device, settings.precision) if info else None
-    drawing = dict(sampler=settings.sampler, steps=settings.steps, seed=settings.seed, batch_size=settings.batch_size)
+    drawing = dict(guide=settings.guide, sampler=settings.sampler, steps=settings.steps, seed=settings.seed,
+                   batch_size=settings.batch_size)
     if info:
         measurement = Measurement(str(info.path), info.epoch, trained_on=info.settings["data"])
     else:
@@ -185,16 +194,14 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
         measurement.samples = load_samples(settings.samples, data.train.shape[-1])
     else:
         measurement.samples, measurement.sampling = draw_samples(pipeline, data, settings.num_samples,
-                                                                 guidance=settings.guidance, guide=settings.guide,
-                                                                 **drawing)
+                                                                 guidance=settings.guidance, **drawing)
     if pipeline and settings.num_likelihood:
         effort = (settings.num_likelihood, settings.likelihood_steps)
         measure_bits(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)
         measure_membership(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)
     print(f"measuring {len(measurement.samples):,} samples")
     measure_samples(measurement, data, outside, fid=settings.fid, cuda=device.type == "cuda")
-    can_be_guided = pipeline and not settings.samples and pipeline.guides
-    if can_be_guided and settings.num_guided and settings.guidance != DEFAULT_GUIDANCE:
+    if pipeline and not settings.samples and settings.num_guided and settings.guidance != DEFAULT_GUIDANCE:
         measure_guided_copies(measurement, pipeline, data, settings.num_guided, **drawing)
     return measurement
 

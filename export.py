@@ -31,6 +31,7 @@ FORMATS = {
     "safetensors": "weights and configuration in one file, which generate.py reads",
     "web": "the folder of a static page that draws in the browser",
 }
+KEEP_EARLIER = ("pt", "safetensors")
 SUFFIXES = {"onnx": ".onnx", "pt": ".pt", "safetensors": ".safetensors"}
 FILE_SUFFIXES = {".onnx", ".safetensors", ".pt", ".pth", ".bin", ".zip", ".tgz", ".html", ".json", ".md", ".png"}
 # Settings that only some formats have.
@@ -73,6 +74,10 @@ def main() -> None:
         name = str(pipeline.settings.get("run_name") or checkpoint.stem)
         output = settings.output or Path("outputs") / f"{Path(name).name}{default_ending(settings.to, pipeline)}"
         print(f"{checkpoint}: {pipeline.image_size} x {pipeline.image_size}, to {settings.to}")
+
+        if pipeline.earlier is not None and settings.to not in KEEP_EARLIER:
+            print(f"note: {settings.to} leaves out the earlier network that generate.py guides away from, so pictures "
+                  f"will be less good; pt and safetensors keep it")
 
         # Write it.
         with naming(output):

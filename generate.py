@@ -2,7 +2,7 @@
 
     python generate.py                                                # the newest checkpoint, 64 images
     python generate.py --checkpoint checkpoints/final_model.pt --num_images 64
-    python generate.py --types "fire flying" --guidance 3             # classes, and how strongly
+    python generate.py --types "fire flying" --guidance 3             # types, and how typical of them
     python generate.py --types all                                    # a row per type
     python generate.py --checkpoint checkpoints/few_steps/final_model.pt --timesteps 999 430 # a tuned model's jumps
     python generate.py --gif                                          # also how the images emerge from the noise
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models.pipeline import DEFAULT_GUIDANCE, GUIDES, TYPES, Pipeline, newest_checkpoint
+from models.pipeline import DEFAULT_GUIDANCE, GUIDES, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS, repeat_parts, slerp
 from training.labels import parse_types
 from utils.cli import MAX_SEED, device_setting, parse, precision_setting, seed_setting, setting
@@ -281,14 +281,10 @@ def choose_sampler(args: Settings, pipeline: Pipeline) -> tuple[str, int]:
 
 
 def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> tuple[float, str | None]:
-    """Return the guidance scale and the guide. Raises ValueError for one that cannot be followed."""
+    """Return the guidance scale and the guide. Raises ValueError for what cannot be followed."""
     has_types = any(plan.types)
-    guidance = pipeline.default_guidance(has_types) if args.guidance is None else args.guidance
-    guides_by_types = args.guide == TYPES or args.guide is None and pipeline.earlier is None
-    if (args.guidance is not None or args.guide) and guides_by_types and not has_types:
-        known = ", ".join(pipeline.class_names)
-        raise ValueError("--guidance strengthens types, and there are none: " + (
-            f"add --types, with one or more of {known}" if known else "this checkpoint knows none"))
+    default = DEFAULT_GUIDANCE if args.guide else pipeline.default_guidance(has_types)
+    guidance = default if args.guidance is None else args.guidance
     return guidance, pipeline.choose_guide(guidance, pipeline.class_labels(plan.types) if has_types else None,
                                            args.guide)
 

@@ -105,7 +105,7 @@ class Config(TrainingConfig):
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
     sample_steps: int = setting(50, "network passes for a sample grid", above=0)
     guidance: float = setting(1.0, "guidance scale of the sample grids (1 = off)")
-    guide_at: float = setting(0.0, "keep the network's average as it is after this fraction of the training, as 0.3: "
+    guide_at: float = setting(0.0, "keep the EMA as it is after this fraction of the training, as 0.3: "
                                    "guidance then goes away from it (autoguidance), with types or without; 0: do not",
                               least=0, below=1)
 
@@ -143,7 +143,8 @@ PRESETS = {
 # larger than that of a mean squared error, for which a norm of 1 is meant.
 PRESETS["few_steps"] = PRESETS["quick"] | dict(
     objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", gaps=(2, 4, 8),
-    lognormal=(), epochs=8, lr=1e-4, lr_schedule="constant", clip_grad=100.0, sample_every=4,
+    lognormal=(), guide_at=0.0, guidance=1.0, epochs=8, lr=1e-4, lr_schedule="constant", clip_grad=100.0,
+    sample_every=4,
 )
 # Settings that go with another one, unless flags say otherwise.
 IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32", guidance=1.0,
@@ -349,8 +350,6 @@ def measure_latents(space: LatentSpace, config: Config, batches: Iterable[torch.
 
 def check_guidance(config: Config, num_classes: int) -> None:
     """Raise ValueError for guidance that the sample grids could not follow."""
-    if config.guide_at and config.objective == CONSISTENCY:
-        raise ValueError("--guide_at is for --objective denoising: leave it out")
     if config.guide_at:
         return
     if config.guidance != 1 and not num_classes:

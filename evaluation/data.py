@@ -45,6 +45,7 @@ class CheckpointInfo:
     settings: dict[str, Any]  # of the training
     held_out: tuple[str, ...]  # names of the images that it was not trained on
     class_names: tuple[str, ...]
+    has_earlier: bool = False  # whether it holds a network of less training, for guidance
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def read_info(path: Path) -> CheckpointInfo:
         raise CheckpointError(f"{path} holds no diffusion model; choose the checkpoint of a train.py run")
     try:
         return CheckpointInfo(path, content["epoch"], content["config"], tuple(content.get("held_out", ())),
-                              tuple(content.get("types", ())))
+                              tuple(content.get("types", ())), "earlier" in content)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not say what it was trained on; choose another file") from error
 

@@ -26,7 +26,7 @@ from evaluation.image_statistics import image_statistics
 from evaluation.likelihood import generalisation_gap, png_bits, variational_bound
 from evaluation.membership import denoising_errors, gap_by_noise, membership, noise_levels
 from evaluation.memorization import find_copies, warp_uint8
-from models.pipeline import DEFAULT_GUIDANCE, TYPES, Pipeline
+from models.pipeline import BY_TYPES, DEFAULT_GUIDANCE, Pipeline
 from utils.images import to_uint8
 from utils.seeding import seed_from
 
@@ -48,7 +48,7 @@ class Measurement:
     name: of the checkpoint or folder.
     trained_on: the model's data set; None for samples of an unknown model.
     samples: uint8 [N, 3, S, S].
-    sampling: sampler, steps, seed and guidance of samples that were drawn here.
+    sampling: sampler, steps, seed, guidance and guide of samples that were drawn here.
     figures: by name (see meanings.py): a figure (see error_bars.py) with, under "real", that of real images in the
         place of the samples, the best that can be expected.
     bits: details of the variational bounds, "train" and "held_out".
@@ -103,8 +103,8 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
     steps = steps or (grid_steps if sampler == grid_sampler else OTHER_SAMPLER_STEPS)
     steps = min(steps, pipeline.scheduler.num_timesteps)
     labels = sample_labels(data, num_samples, seed)
-    guides_by_types = guide == TYPES or pipeline.earlier is None
-    if guidance != 1 and guides_by_types and pipeline.class_names and labels is None:
+    guide = guide or pipeline.default_guide
+    if guidance != 1 and guide == BY_TYPES and pipeline.class_names and labels is None:
         raise ValueError("--guidance strengthens types, and the images of the data have none: leave --guidance out")
     guide = pipeline.choose_guide(guidance, labels, guide)
 
@@ -288,18 +288,18 @@ def _measure_copies(measurement: Measurement, data: EvaluationData) -> None:
 
 
 def measure_guided_copies(measurement: Measurement, pipeline: Pipeline, data: EvaluationData, num_samples: int = 200,
-                          *, sampler: str | None = None, steps: int | None = None, seed: int = 0, batch_size: int = 64
-                          ) -> None:
+                          *, guide: str | None = None, sampler: str | None = None, steps: int | None = None,
+                          seed: int = 0, batch_size: int = 64) -> None:
     """Search for copies among samples at the guidance that generate.py uses by default, after `measure_samples`.
 
-    Guidance makes samples typical of their types; where few training images have these types, that can mean a copy.
-    The samples have the seeds and types of the first plain ones.
+    Guidance makes samples typical of the data, or of their types; where few training images have these types, that can
+    mean a copy. The samples have the seeds and types of the first plain ones.
     """
-    labels = sample_labels(data, num_samples, seed)
-    if measurement.copies is None or pipeline.default_guidance(labels is not None) == 1:
+    labels, guide = sample_labels(data, num_samples, seed), guide or pipeline.default_guide
+    if measurement.copies is None or guide not in pipeline.guides or guide == BY_TYPES and labels is None:
         return
     samples, _ = draw_samples(pipeline, data, num_samples, sampler=sampler, steps=steps, guidance=DEFAULT_GUIDANCE,
-                              seed=seed, batch_size=batch_size)
+                              guide=guide, seed=seed, batch_size=batch_size)
     is_copy = find_copies(samples, data.train, data.copy_thresholds, data.feature_space)[1]["pixels"]
     measurement.figures["copies_guided"] = _copies_figure(is_copy, data, "pixels")
     _add_copies_by_type(measurement, data, "guided", is_copy, labels)

@@ -99,7 +99,8 @@ def _guided_verdict(measurement: Measurement) -> str:
     figure, expected = measurement.figures["copies_guided"], _expected_copies(measurement)
     percent = f"{100 * figure['value']:.1f} % of samples count as copies"
     if figure["low"] > expected:
-        return f"At guidance 3, {percent}, more than by chance: look at the types that they were drawn with."
+        return (f"At guidance 3, {percent}, more than by chance: look at the closest pairs, and at types that few "
+                f"images have.")
     return f"At guidance 3, {percent}, no more than by chance."
 
 
@@ -223,11 +224,15 @@ def write_report(measurements: Sequence[Measurement], data: EvaluationData, fold
     return report
 
 
+def _guidance(sampling: dict[str, Any]) -> str:
+    return f", guidance {sampling['guidance']:g} ({sampling['guide']})" if sampling["guide"] else ""
+
+
 def _report_content(measurements: Sequence[Measurement], data: EvaluationData) -> dict[str, Any]:
     last = measurements[-1]
     summary = f"{len(last.samples):,} samples, compared with {data.description}."
     if last.sampling:
-        summary += f" Drawn by {last.sampling['sampler']} in {last.sampling['steps']} steps."
+        summary += f" Drawn by {last.sampling['sampler']} in {last.sampling['steps']} steps{_guidance(last.sampling)}."
     if last.compared:
         summary += f" The distances compare {last.compared:,} of them with as many real images."
     return dict(trained_on=last.trained_on, summary=summary, epoch_to_keep=epoch_to_keep(measurements),

@@ -113,11 +113,11 @@ class Autoencoder(nn.Module):
 
         Args:
             noise: standard normal, in the shape of the latents.
-            extra_std: deviation of further noise on the latents as they would be normalised by this batch's
-                statistics; a number, or [B, 1, 1, 1].
+            extra_std: deviation of further noise on the latents as these images alone would normalise them; a number,
+                or [B, 1, 1, 1].
         """
         mean, log_variance = self.posterior(images)
-        std = (log_variance.exp() + (extra_std * self.unit(mean.detach())) ** 2).sqrt()
+        std = (log_variance.exp() + (extra_std * self.latent_std(mean.detach())) ** 2).sqrt()
         return self.reconstruct(mean + std * noise), mean, log_variance
 
     def reconstruct(self, latents: torch.Tensor) -> torch.Tensor:
@@ -139,12 +139,12 @@ class Autoencoder(nn.Module):
     def set_normalisation(self, means: torch.Tensor) -> None:
         """Set the statistics from posterior means [N, channels, h, w]."""
         self.mean.copy_(means.mean(dim=(0, 2, 3))[:, None, None])
-        self.std.copy_(self.unit(means))
+        self.std.copy_(self.latent_std(means))
         self.largest.copy_(((means - self.mean) / self.std).abs().max())
 
-    def unit(self, means: torch.Tensor) -> torch.Tensor:
-        """Return what is 1 in normalised latents [channels, 1, 1], of posterior means [N, channels, h, w]."""
-        std = means.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-6)
+    def latent_std(self, means: torch.Tensor) -> torch.Tensor:
+        """Return what normalising divides latents by [channels, 1, 1], from posterior means [N, channels, h, w]."""
+        std = means.std(dim=(0, 2, 3), correction=0)[:, None, None].clamp(min=1e-6)
         if self.config.mean_colours:
             std[3:] /= DETAIL_DEVIATION
         return std

@@ -27,7 +27,8 @@ from utils.seeding import seed_from
 
 NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and its class
 DEFAULT_GUIDANCE = 3.0  # where there is something to guide away from
-EARLIER, TYPES = GUIDES = ("earlier", "types")  # what that is: the network after less training, or images of any type
+BY_EARLIER, BY_TYPES = "earlier", "types"  # guidance away from the network after less training, or from any type
+GUIDES = (BY_EARLIER, BY_TYPES)
 GRID_SAMPLER = ("ddim", 50)  # of sample grids during training, unless the training chose another
 DECODE_BATCH = 16  # images whose latents are decoded at a time
 BUNDLED = ("critters_128.pt", "critters.pt")  # models that come with the repository, the one to show first
@@ -152,44 +153,47 @@ class Pipeline:
     def guides(self) -> tuple[str, ...]:
         """What guidance can go away from, of GUIDES, the default first.
 
-        TYPES is not among them where the training dropped no labels, and so has no output without, nor where guidance
-        is built in: more of it would be guidance twice.
+        Not BY_TYPES where the training dropped no labels, nor where guidance is built in: that would be guidance twice.
         """
         drops_types = self.class_names and self.settings.get("label_dropout", 0.1) > 0
-        can_guide = {EARLIER: self.earlier is not None, TYPES: drops_types and self.built_in_guidance == 1}
-        return tuple(guide for guide in GUIDES if can_guide[guide])
+        possible = {BY_EARLIER: self.earlier is not None, BY_TYPES: drops_types and self.built_in_guidance == 1}
+        return tuple(guide for guide in GUIDES if possible[guide])
+
+    @property
+    def default_guide(self) -> str:
+        return BY_TYPES if self.earlier is None else BY_EARLIER
 
     def default_guidance(self, has_types: bool) -> float:
         """The guidance scale where none is chosen, for images whose types are given, or not."""
-        return DEFAULT_GUIDANCE if EARLIER in self.guides or has_types and TYPES in self.guides else 1.0
+        return DEFAULT_GUIDANCE if BY_EARLIER in self.guides or has_types and BY_TYPES in self.guides else 1.0
 
     def choose_guide(self, guidance: float, labels: torch.Tensor | None, guide: str | None = None) -> str | None:
-        """Return what to guide away from, the default if `guide` is None; None for a scale of 1.
+        """Return what to guide away from, `default_guide` if `guide` is None; None for a scale of 1.
 
         Raises:
             ValueError: for a guidance scale or a guide that this model cannot follow.
         """
-        if guide not in (None, *GUIDES):
+        guide = guide or self.default_guide
+        if guide not in GUIDES:
             raise ValueError(f"unknown guide {guide!r}: choose {' or '.join(GUIDES)}")
-        if guide == EARLIER and self.earlier is None:
+        if guide == BY_EARLIER and self.earlier is None:
             raise ValueError("this checkpoint holds no earlier network to guide away from, which train.py --guide_at "
                              "keeps: leave --guide out")
-        if guidance == 1:
-            return None
-        if guide != TYPES and self.earlier is not None:
-            return EARLIER
+        if guidance == 1 or guide == BY_EARLIER:
+            return None if guidance == 1 else guide
+        flag = "--guidance" if self.earlier is None else "--guide"
         if not self.class_names:
-            raise ValueError("guidance strengthens types, and this checkpoint knows none: leave --guidance out")
+            raise ValueError(f"guidance strengthens types, and this checkpoint knows none: leave {flag} out")
         if labels is None:
             raise ValueError(f"guidance strengthens types, and none is given: add --types, with one or more of "
                              f"{', '.join(self.class_names)}")
         if self.built_in_guidance != 1:
             raise ValueError(f"this checkpoint has guidance {self.built_in_guidance:g} built in by its training: leave "
                              f"--guidance out")
-        if TYPES not in self.guides:
-            raise ValueError("guidance compares with images of any type, and this checkpoint was trained with "
-                             "--label_dropout 0, that is, without them: leave --guidance out")
-        return TYPES
+        if BY_TYPES not in self.guides:
+            raise ValueError(f"guidance compares with images of any type, which this checkpoint was trained without "
+                             f"(--label_dropout 0): leave {flag} out")
+        return guide
 
     def class_labels(self, class_names: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return multi-hot labels, float32 [N, K], of the classes of each image.
@@ -245,7 +249,7 @@ class Pipeline:
             if given is not None and len(given) != len(seeds):
                 raise ValueError(f"{len(given)} rows of {name} for {len(seeds)} seeds")
         sampler, steps = self.choose_sampler(sampler, steps)
-        worse = self._earlier_network if self.choose_guide(guidance, labels, guide) == EARLIER else None
+        worse = self._earlier_network if self.choose_guide(guidance, labels, guide) == BY_EARLIER else None
         options = dict(clip=self.space.latent_range) | options
         images: list[torch.Tensor] = []
         i = 0
@@ -262,7 +266,7 @@ class Pipeline:
             except torch.OutOfMemoryError:
                 if len(noise) == 1:
                     raise
-                batch_size = len(noise) // 2  # the first pass needs as much as any, so nothing was drawn yet
+                batch_size = len(noise) // 2  # what was begun of this batch is drawn anew
                 print(f"note: too little memory for {len(noise)} images at a time; continuing with {batch_size}")
                 continue
             images.append(self.decode(x_0))

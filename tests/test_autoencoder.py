@@ -81,7 +81,8 @@ def test_latent_noise_is_in_units_of_the_normalised_latents(monkeypatch):
     images, draw, extra = noise(2, 3, 16, 16), noise(2, 5, 4, 4, seed=1), torch.tensor([0.0, 0.3]).view(2, 1, 1, 1)
     latents, mean, log_variance = model(images, draw, extra)
     model.set_normalisation(mean)
-    std = mean.std(dim=(0, 2, 3)).view(5, 1, 1) * torch.tensor([1, 1, 1, 2, 2]).view(5, 1, 1)  # colours, details
+    colours_and_details = torch.tensor([1, 1, 1, 2, 2]).view(5, 1, 1)
+    std = mean.std(dim=(0, 2, 3), correction=0).view(5, 1, 1) * colours_and_details
     torch.testing.assert_close(model.std, std)
     torch.testing.assert_close((latents - mean) / draw, (log_variance.exp() + (extra * std) ** 2).sqrt(),
                                rtol=1e-3, atol=1e-4)

@@ -49,7 +49,8 @@ def test_an_untrained_network(tmp_path, capsys):
     assert call(check_types, "--checkpoint", save_critter_model(tmp_path / "model.pt"), *FEW) == 0
     output = capsys.readouterr().out
     found = percentages(output)
-    assert output.startswith("dpm++, 2 steps, guidance 3\n") and set(TYPES) < set(found) and len(found) == 10 + 1 + 3
+    assert output.startswith("dpm++, 2 steps, guidance 3 (types)\n")
+    assert set(TYPES) < set(found) and len(found) == 10 + 1 + 3
     assert np.mean([found[name] for name in TYPES]) < 50  # the network draws noise, so one in ten is luck
     assert "mean of all 45 pairs" in found
 

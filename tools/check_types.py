@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from critters import TYPES
 from critters.recognizer import CritterRecognizer
-from models.pipeline import DEFAULT_GUIDANCE, Pipeline
+from models.pipeline import DEFAULT_GUIDANCE, GUIDES, Pipeline
 from reverse_diffusion import SAMPLERS
 from utils.cli import device_setting, parse, seed_setting, setting
 from utils.device import pick_device
@@ -39,8 +39,9 @@ class Settings:
     num_images: int = setting(100, "images of each type", least=1)
     num_pairs: int = setting(20, "images of each pair of types", least=1)
     guidance: float | None = setting(
-        None, f"classifier-free guidance scale; 1: off (default: {DEFAULT_GUIDANCE:g}, or 1 for a model that was "
-        "trained with --label_dropout 0)", kind=float)
+        None, f"guidance scale; 1: off (default: {DEFAULT_GUIDANCE:g}, or 1 for a model that was trained with "
+        "--label_dropout 0 and holds no earlier network)", kind=float)
+    guide: str | None = setting(None, "what guidance goes away from, as in generate.py", GUIDES, kind=str)
     sampler: str = setting("dpm++", "how to sample", tuple(SAMPLERS))
     steps: int = setting(20, "network passes for each image", least=1)
     seed: int = seed_setting("seed of the first image of each type and pair; the others follow")
@@ -56,7 +57,7 @@ def main() -> None:
             raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
         if settings.guidance is None:
-            settings.guidance = pipeline.default_guidance(has_types=True)
+            settings.guidance = DEFAULT_GUIDANCE if settings.guide else pipeline.default_guidance(has_types=True)
 
         # Draw.
         requested = [types for types in SINGLES for _ in range(settings.num_images)]
@@ -68,7 +69,8 @@ def main() -> None:
         num_singles = len(SINGLES) * settings.num_images
         recognized = recognizer.types(images[:num_singles], 1) + recognizer.types(images[num_singles:], 2)
         correct = np.array([names == set(types) for names, types in zip(recognized, requested)])
-        print(f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}")
+        print(f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
+              + (f" ({settings.guide})" if settings.guide else ""))
         print_report(correct[:num_singles].reshape(len(SINGLES), -1).mean(axis=1),
                      correct[num_singles:].reshape(len(PAIRS), -1).mean(axis=1))
 
@@ -80,11 +82,12 @@ def draw(pipeline: Pipeline, requested: Sequence[tuple[str, ...]], settings: Set
     labels = pipeline.class_labels(requested)
     # Checked by `sample` as well, but an error must not follow a progress bar.
     pipeline.choose_sampler(settings.sampler, settings.steps)
-    pipeline.choose_guide(settings.guidance, labels)
+    settings.guide = pipeline.choose_guide(settings.guidance, labels, settings.guide)
     passes = settings.steps * math.ceil(len(seeds) / BATCH_SIZE)
     with tqdm(total=passes, unit="step", dynamic_ncols=True) as bar:
-        images = pipeline.sample(seeds, labels=labels, guidance=settings.guidance, sampler=settings.sampler,
-                                 steps=settings.steps, batch_size=BATCH_SIZE, callback=lambda *_: bar.update())
+        images = pipeline.sample(seeds, labels=labels, guidance=settings.guidance, guide=settings.guide,
+                                 sampler=settings.sampler, steps=settings.steps, batch_size=BATCH_SIZE,
+                                 callback=lambda *_: bar.update())
     return to_uint8(images).permute(0, 2, 3, 1).numpy()
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.pipeline import TYPES, Pipeline
+from models.pipeline import BY_TYPES, Pipeline
 from reverse_diffusion import SAMPLERS
 from training.loss import DiffusionLoss, to_x_0
 
@@ -113,6 +113,8 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
         if config.teacher_guidance:
             raise ValueError(f"--teacher_guidance needs --objective {CONSISTENCY}")
         return
+    if config.guide_at:
+        raise ValueError(f"--guide_at does not go with --objective {CONSISTENCY}: leave it out")
     if checkpoint is None and not config.init:
         raise ValueError(f"--objective {CONSISTENCY} tunes a model: name the checkpoint of one that predicts v with "
                          f"--init")
@@ -139,6 +141,6 @@ def check_tunable(config: Any, start: Pipeline) -> None:
     if config.teacher_guidance and start.tuned:
         raise ValueError(f"--init {config.init} is tuned already and cannot be the teacher: give the model that it was "
                          f"tuned from, or leave --teacher_guidance out")
-    if config.teacher_guidance not in (0, 1) and TYPES not in start.guides:
+    if config.teacher_guidance not in (0, 1) and BY_TYPES not in start.guides:
         raise ValueError(f"--teacher_guidance {config.teacher_guidance} needs a model with types that was trained with "
                          f"--label_dropout above 0, and {config.init} is none: give 1, or leave it out")

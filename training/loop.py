@@ -295,7 +295,7 @@ class Writer:
         self.page.update(number)
 
     def _save(self, name: str, number: int, **more: Any) -> bool:
-        return self.run.save(name, **self.content, **self.step.averages(), config=asdict(self.config),
+        return self.run.save(name, **self.content, **self.step.ema_state(), config=asdict(self.config),
                              types=list(self.run_images.dataset.class_names), held_out=self.run_images.held_out,
                              step=number, epoch=self.timetable.epoch(number), **more)
 

@@ -74,7 +74,7 @@ class TrainingStep:
 
     Attributes:
         raw_net, ema: the network and its exponential moving average, from which samples are drawn.
-        earlier: the average as it was after `guide_step`, for guidance; None until then.
+        earlier: the EMA as it was after `guide_step` steps, for guidance; None until then.
         ddp: the network with gradients averaged over processes; from `begin` on.
         net: `ddp`, compiled if `compile` succeeded; from `begin` on.
     """
@@ -123,14 +123,14 @@ class TrainingStep:
         check_finite(path, *(net for net in (self.raw_net, self.ema, self.earlier, self.teacher) if net is not None))
 
     def state(self) -> dict[str, Any]:
-        """Return what `load_state` restores, less the averages."""
+        """Return what `load_state` restores, less the EMA."""
         state = dict(model=self.raw_net.state_dict(), optimizer=self.optimizer.state_dict(),
                      scaler=self.scaler.state_dict(), stats=asdict(self.stats()))
         # A run must not depend on the file that its teacher came from.
         return state if self.teacher is None else state | dict(teacher=self.teacher.state_dict())
 
-    def averages(self) -> dict[str, Any]:
-        """Return the averaged weights that every checkpoint holds, by their names there."""
+    def ema_state(self) -> dict[str, Any]:
+        """Return the EMA, and the earlier one, as every checkpoint holds them."""
         earlier = {} if self.earlier is None else dict(earlier=self.earlier.state_dict())
         return dict(ema=self.ema.state_dict(), **earlier)
 
@@ -192,8 +192,8 @@ class TrainingStep:
         self.number = number
         self.compute(images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True),
                      torch.full((), 1 - ema_beta, device=self.device), *(x[self.rank_slice] for x in randomness))
-        # At once where a resumed run has fewer epochs than before, and so is past that step.
-        if self.guide_step and self.earlier is None and number + 1 >= self.guide_step:
+        # A resumed run whose length or --guide_at was changed can be past that step, or reach it a second time.
+        if self.guide_step and (number + 1 == self.guide_step or self.earlier is None and number >= self.guide_step):
             self.earlier = copy.deepcopy(self.ema)
 
     def _compute(self, images: torch.Tensor, labels: torch.Tensor, ema_rate: torch.Tensor,

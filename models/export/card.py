@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from models.pipeline import DEFAULT_GUIDANCE, TYPES, Pipeline
+from models.pipeline import BY_TYPES, DEFAULT_GUIDANCE, Pipeline
 from reverse_diffusion import SAMPLERS
 from unet import count_parameters
 from utils.errors import printable
@@ -103,7 +103,7 @@ def _typed_usage(pipeline: Pipeline) -> str:
     wanted = ", ".join(json.dumps(name, ensure_ascii=False) for name in pipeline.class_names[:1])
     channels, height, width = pipeline.space.shape(pipeline.image_size)
     known = ", ".join(map(printable, pipeline.class_names))
-    guidance = DEFAULT_GUIDANCE if TYPES in pipeline.guides else 1.0
+    guidance = DEFAULT_GUIDANCE if BY_TYPES in pipeline.guides else 1.0
     return f"""\
 It knows {known}.
 

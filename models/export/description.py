@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from models.pipeline import DEFAULT_GUIDANCE, TYPES, Pipeline
+from models.pipeline import BY_TYPES, DEFAULT_GUIDANCE, Pipeline
 from reverse_diffusion import SAMPLERS
 
 FORMAT = 1
@@ -25,7 +25,8 @@ def describe(pipeline: Pipeline, name: str, max_types: int = 2) -> dict[str, Any
         format=FORMAT, name=name, latent=pipeline.space.is_latent,
         image_size=pipeline.image_size, channels=channels, height=height, width=width,
         types=list(pipeline.class_names), max_types=min(max_types, len(pipeline.class_names)),
-        guidance=DEFAULT_GUIDANCE if TYPES in pipeline.guides else 1.0, supports_guidance=TYPES in pipeline.guides,
+        guidance=DEFAULT_GUIDANCE if BY_TYPES in pipeline.guides else 1.0,
+        supports_guidance=BY_TYPES in pipeline.guides,
         sampler=dict(name=sampler, steps=steps), clip=True, clip_range=pipeline.space.latent_range,
         prediction=pipeline.prediction, timesteps=timesteps,
         alpha_bar=[pipeline.scheduler.alpha_bar(t) for t in range(timesteps)],
