@@ -257,7 +257,7 @@ def test_an_unreadable_image_to_start_from(unconditional, capsys):
     (["--types", "rock"], ["'rock'", "fire, flying, water"]),
     (["--types", ""], ["fire, flying, water"]),
     (["--types", "fire all"], ["'all'", "fire, flying, water"]),
-    (["--guidance", "2"], ["--guidance", "--types", "fire, flying, water"]),
+    (["--guidance", "2"], ["guidance", "--types", "fire, flying, water"]),
     (["--steps", "61"], ["1 ... 60", "61"]),
     (["--interpolate", "1", "2", "--steps", "61"], ["1 ... 60", "61"]),
     (["--interpolate", "1", "2", "--sampler", "sde-dpm++"], ["--sampler dpm++ or ddim"]),
