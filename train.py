@@ -135,7 +135,7 @@ PRESETS = {
         image_size=128, autoencoder="own", autoencoder_epochs=22, augment="flip", width=48, multipliers=(1, 2, 4),
         blocks=1, groups=16, label_dropout=0.2, schedule="cosine", prediction="v", lognormal=(0.0, 1.2), epochs=350,
         lr=1.5e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999, sampler="sde-dpm++", sample_steps=20,
-        guide_at=0.3, guidance=3.0, sample_every=30, num_samples=64,
+        guide_at=0.17, guidance=3.0, sample_every=30, num_samples=64,
     ),
 }
 
