@@ -34,7 +34,7 @@ REQUIREMENTS = "requirements-notebook.txt"
 SHORT = "POKEDIFF_SHORT"  # the environment variable that the notebook's first cell reads
 WIDEST, SCALED = 740, 540  # pixels: rendered images wider than the first are scaled to the second
 ENOUGH = 15_000  # bytes of a rendered image, if one of these looks gives as few:
-LOOKS = ((256, 85), (128, 75), (64, 65), (32, 55), (16, 40))  # colours of a PNG, quality of a JPEG
+LOOKS = ((256, 85), (128, 75), (64, 65), (32, 55), (14, 38))  # colours of a PNG, quality of a JPEG
 SHOWN = 2000  # characters of a failed cell's output
 FOREIGN = re.compile(r"(?:/home|/root|/tmp|/usr|/Users|/work|/content)/[\w.]|\b[A-Z]:\\")  # begins a machine's path
 
