@@ -139,14 +139,14 @@ def find_checkpoints(settings: Settings) -> list[CheckpointInfo]:
 
 def choose_guide(infos: list[CheckpointInfo], settings: Settings) -> None:
     """Choose one guide for all checkpoints. Raises ValueError for guidance that one of them cannot follow."""
-    if settings.guide is None:
-        settings.guide = BY_EARLIER if all(info.has_earlier for info in infos) else BY_TYPES
-        if settings.guidance == 1:
-            return
-    for info in infos:
+    given = settings.guide
+    settings.guide = given or (BY_EARLIER if all(info.has_earlier for info in infos) else BY_TYPES)
+    if settings.guidance == 1 and given is None:
+        return
+    for info in sorted(infos, key=lambda info: info.has_earlier):  # those first whose own default is the common one
         pipeline = Pipeline.load(info.path)
         try:
-            pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), settings.guide)
+            pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), given)
         except ValueError as error:
             raise ValueError(f"{info.path}: {error}") from error
 

@@ -173,6 +173,7 @@ class Pipeline:
         Raises:
             ValueError: for a guidance scale or a guide that this model cannot follow.
         """
+        flag = "--guide" if guide else "--guidance"
         guide = guide or self.default_guide
         if guide not in GUIDES:
             raise ValueError(f"unknown guide {guide!r}: choose {' or '.join(GUIDES)}")
@@ -181,7 +182,6 @@ class Pipeline:
                              "keeps: leave --guide out")
         if guidance == 1 or guide == BY_EARLIER:
             return None if guidance == 1 else guide
-        flag = "--guidance" if self.earlier is None else "--guide"
         if not self.class_names:
             raise ValueError(f"guidance strengthens types, and this checkpoint knows none: leave {flag} out")
         if labels is None:
@@ -189,7 +189,7 @@ class Pipeline:
                              f"{', '.join(self.class_names)}")
         if self.built_in_guidance != 1:
             raise ValueError(f"this checkpoint has guidance {self.built_in_guidance:g} built in by its training: leave "
-                             f"--guidance out")
+                             f"{flag} out")
         if BY_TYPES not in self.guides:
             raise ValueError(f"guidance compares with images of any type, which this checkpoint was trained without "
                              f"(--label_dropout 0): leave {flag} out")

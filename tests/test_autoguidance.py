@@ -15,6 +15,7 @@ import evaluate
 import export
 import generate
 import train
+from evaluation.report_markdown import report_markdown
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline
 from reverse_diffusion import SAMPLERS, sample
@@ -201,6 +202,14 @@ def test_evaluation_draws_with_the_guide_that_it_reports(guided, monkeypatch, mo
     report = json.loads(Path("outputs/evaluation/report.json").read_text())
     assert drawn == expected and report["runs"][0]["sampling"]["guide"] == expected[0][1]
     assert ("guidance 3" in report["summary"]) == (expected[0][0] == 3)
+
+
+def test_a_card_says_that_its_figures_are_of_guidance_that_it_lacks(guided):
+    path = guided / "checkpoints/final_model.pt"
+    for guidance in (1, 3):
+        assert call(evaluate, "--checkpoint", path, *EVALUATION, "--guidance", guidance) == 0
+        card = report_markdown(Path("outputs/evaluation/report.json"), path)
+        assert ("exported without" in card) == (guidance == 3)
 
 
 def test_several_checkpoints_have_one_guide(guided, capsys):
