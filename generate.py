@@ -283,8 +283,7 @@ def choose_sampler(args: Settings, pipeline: Pipeline) -> tuple[str, int]:
 def choose_guidance(args: Settings, plan: Plan, pipeline: Pipeline) -> tuple[float, str | None]:
     """Return the guidance scale and the guide. Raises ValueError for what cannot be followed."""
     has_types = any(plan.types)
-    default = DEFAULT_GUIDANCE if args.guide else pipeline.default_guidance(has_types)
-    guidance = default if args.guidance is None else args.guidance
+    guidance = pipeline.default_guidance(has_types, args.guide) if args.guidance is None else args.guidance
     return guidance, pipeline.choose_guide(guidance, pipeline.class_labels(plan.types) if has_types else None,
                                            args.guide)
 

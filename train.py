@@ -143,8 +143,7 @@ PRESETS = {
 # larger than that of a mean squared error, for which a norm of 1 is meant.
 PRESETS["few_steps"] = PRESETS["quick"] | dict(
     objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", gaps=(2, 4, 8),
-    lognormal=(), guide_at=0.0, guidance=1.0, epochs=8, lr=1e-4, lr_schedule="constant", clip_grad=100.0,
-    sample_every=4,
+    lognormal=(), epochs=8, lr=1e-4, lr_schedule="constant", clip_grad=100.0, sample_every=4,
 )
 # Settings that go with another one, unless flags say otherwise.
 IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32", guidance=1.0,

@@ -163,9 +163,9 @@ class Pipeline:
     def default_guide(self) -> str:
         return BY_TYPES if self.earlier is None else BY_EARLIER
 
-    def default_guidance(self, has_types: bool) -> float:
-        """The guidance scale where none is chosen, for images whose types are given, or not."""
-        return DEFAULT_GUIDANCE if BY_EARLIER in self.guides or has_types and BY_TYPES in self.guides else 1.0
+    def default_guidance(self, has_types: bool, guide: str | None = None) -> float:
+        """The guidance scale where none is chosen, for images whose types are given, or not; `guide` asks for some."""
+        return DEFAULT_GUIDANCE if guide or BY_EARLIER in self.guides or has_types and BY_TYPES in self.guides else 1.0
 
     def choose_guide(self, guidance: float, labels: torch.Tensor | None, guide: str | None = None) -> str | None:
         """Return what to guide away from, `default_guide` if `guide` is None; None for a scale of 1.

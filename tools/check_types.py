@@ -57,7 +57,7 @@ def main() -> None:
             raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
         if settings.guidance is None:
-            settings.guidance = DEFAULT_GUIDANCE if settings.guide else pipeline.default_guidance(has_types=True)
+            settings.guidance = pipeline.default_guidance(has_types=True, guide=settings.guide)
 
         # Draw.
         requested = [types for types in SINGLES for _ in range(settings.num_images)]
