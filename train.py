@@ -1,7 +1,7 @@
 """Train a diffusion model on a folder of images.
 
     python train.py --preset quick                       # creatures in minutes, on a CPU, from nothing
-    python train.py --preset few_steps                   # tune that model to draw in two steps
+    python train.py --preset few_steps                   # tune that model to draw in four steps
     python train.py --preset maker --data my_images      # 128 x 128, from a few hundred images; hours on a CPU
     python train.py                                      # the reference model on data/pokemon_jpg/, for a GPU
     python train.py --data my_images --image_size 32     # your own folder
@@ -33,7 +33,7 @@ from reverse_diffusion import SAMPLERS
 from training.augment import AUGMENT_DIM, augment, fixed_augmentations
 from training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
 from training.config import TrainingConfig, configure, memory_advice
-from training.consistency import CONSISTENCY, OBJECTIVES, ConsistencyLoss, check_objective, check_tunable
+from training.consistency import CONSISTENCY, OBJECTIVES, ConsistencyLoss, Teacher, check_objective, check_tunable
 from training.dataset import encode_dataset, held_out_names, image_names
 from training.distributed import DistEnv
 from training.loop import Stage, time_training, training_loop
@@ -70,16 +70,13 @@ class Config(TrainingConfig):
                                           "faster; 0: new ones in each step", least=0)
     init: str = setting("", "start from the EMA weights of this checkpoint of the same architecture (default: random "
                             "weights)")
-    objective: str = setting("denoising", "consistency: tune the model of --init, which predicts v, to draw in few "
-                                          "steps, with --sampler consistency", OBJECTIVES)
-    gaps: tuple[int, ...] = setting((2, 4, 8, 16), "consistency: in equal parts of the run, x_t is compared with a "
-                                                   "timestep that is lower by 1/gap", least=2)
-    anchor: float = setting(0.1, "consistency: below this fraction of the timesteps, x_t is compared with the image "
-                                 "itself", least=0, below=1)
-    huber: float = setting(5e-4, "consistency: c of the pseudo-Huber distance", above=0)
-    teacher_guidance: float = setting(0.0, "consistency: take x_r from a step of the model of --init, kept as it is, "
-                                           "with this classifier-free guidance scale, which is then built in; 0: from "
-                                           "the image", least=0)
+    objective: str = setting("denoising", "consistency: tune the model of --init, which predicts v, to draw in "
+                                          "--sample_steps jumps, with --sampler consistency", OBJECTIVES)
+    teacher_steps: int = setting(8, "consistency: steps in which the model of --init, kept as it is, draws the images "
+                                    "that the jumps are to lead to", above=0)
+    teacher_guidance: float = setting(0.0, "consistency: its guidance scale, which is then built in: away from the "
+                                           "earlier network of --guide_at if it has one, else by types (default: as "
+                                           "it draws by default)", least=0)
     width: int = setting(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = setting((), "of the width, one per level (default: those of unet.LEVELS for the "
                                                "image size; 1 2 4 8 for 64 pixels)")
@@ -139,14 +136,12 @@ PRESETS = {
     ),
 }
 
-# The quick preset's model, tuned to draw in two steps, at a 25th of its learning rate. The gradient of this loss is
-# larger than that of a mean squared error, for which a norm of 1 is meant.
+# The quick preset's model, tuned to draw in four jumps, or in two.
 PRESETS["few_steps"] = PRESETS["quick"] | dict(
-    objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", gaps=(2, 4, 8),
-    lognormal=(), epochs=8, lr=1e-4, lr_schedule="constant", clip_grad=100.0, sample_every=4,
+    objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", epochs=6, lr=1e-3, sample_every=3,
 )
 # Settings that go with another one, unless flags say otherwise.
-IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, precision="fp32", guidance=1.0,
+IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=4, lognormal=(), guidance=1.0,
                                             guide_at=0.0)}
 
 # The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
@@ -186,7 +181,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     device = dist.pick_device(config.device)
     check_objective(config, checkpoint)
     precision = pick_precision(config.precision, device)
-    use_fast_kernels(tf32=config.objective != CONSISTENCY)
+    use_fast_kernels()
     dist.rank_slice(config.batch_size, config.grad_accum)  # can the batch be divided? before the data is read
 
     # Noise schedule, and the space that it works in: pixels, or the latents of an autoencoder.
@@ -222,7 +217,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
 
     # Loss, optimizer and step.
     total_steps = Timetable(config, len(run_images.dataset)).total_steps
-    loss = make_loss(config, scheduler, space, precision, net, total_steps)
+    loss = make_loss(config, scheduler, space, precision, make_teacher(config, net, start, checkpoint))
     optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps,
                         guide_step=math.ceil(config.guide_at * total_steps))
@@ -241,17 +236,30 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     return loop(config, run_images, step, draw_grid, content, checkpoint)
 
 
-def make_loss(config: Config, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace, precision: str, net: UNet,
-              total_steps: int) -> DiffusionLoss:
-    """Return the loss that the settings name; the teacher of a new run is a copy of the network as it starts."""
+def make_teacher(config: Config, net: UNet, start: Pipeline | None, checkpoint: dict[str, Any] | None) -> Teacher | None:
+    """Return the teacher of a tuning: a copy of the network as it starts, guided as that model draws.
+
+    Of a run that is resumed, it gets its weights from latest.pt, with the network.
+    """
+    if config.objective != CONSISTENCY:
+        return None
+    has_worse = (start.earlier is not None if checkpoint is None else
+                 any(name.startswith("worse.") for name in checkpoint["teacher"]))
+    worse = copy.deepcopy(net) if has_worse else None
+    if start and worse:
+        worse.load_state_dict(start.earlier.state_dict())
+    return Teacher(copy.deepcopy(net), config.teacher_guidance, worse)
+
+
+def make_loss(config: Config, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace, precision: str,
+              teacher: Teacher | None) -> DiffusionLoss:
+    """Return the loss that the settings name."""
     common = dict(augment=config.augment, prediction=config.prediction, loss_weighting=config.loss_weighting,
                   label_dropout=config.label_dropout, lognormal=config.lognormal)
-    if config.objective != CONSISTENCY:
+    if teacher is None:
         return DiffusionLoss(scheduler, space, config.image_size, precision, **common)
-    teacher = copy.deepcopy(net).eval().requires_grad_(False) if config.teacher_guidance else None
-    return ConsistencyLoss(scheduler, space, config.image_size, precision, **common, total_steps=total_steps,
-                           gaps=config.gaps, anchor=config.anchor, huber=config.huber, dropout=config.dropout > 0,
-                           teacher=teacher, guidance=config.teacher_guidance)
+    return ConsistencyLoss(scheduler, space, config.image_size, precision, **common, teacher=teacher,
+                           teacher_steps=config.teacher_steps, jumps=config.sample_steps)
 
 
 def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:

@@ -92,16 +92,17 @@ def test_a_tuned_model_beside_the_one_before(few_steps, tmp_path, monkeypatch, c
     monkeypatch.setattr(compare_samplers, "SAMPLERS", SAMPLERS)
     monkeypatch.setattr(compare_samplers, "FEW_STEPS", (
         Variant("consistency", "consistency", (1, 2)), Variant("sde-dpm++", "sde-dpm++", (2,)),
-        Variant("ddpm", "ddpm", (20,))))
+        Variant("guided", "sde-dpm++", (3,), dict(guidance=3.0))))
+    monkeypatch.setattr(compare_samplers, "FEW_STEPS_BASELINE", ("sde-dpm++", 2))
     monkeypatch.setattr(compare_samplers, "PAIRS", ((("consistency", 2), ("sde-dpm++", 2)),))
     before = save_critter_model(tmp_path / "before.pt")
     tuned = save_critter_model(tmp_path / "tuned.pt", objective="consistency", sampler="consistency", sample_steps=2)
     drawn, draw = [], Pipeline.sample
     monkeypatch.setattr(Pipeline, "sample", lambda pipeline, seeds, **options: drawn.append(
-        (pipeline.tuned, options["sampler"], options["steps"], seeds)) or draw(pipeline, seeds, **options))
+        (pipeline.tuned, options["sampler"], options["steps"], options.get("guidance", 1.0), seeds)) or draw(pipeline, seeds, **options))
     assert compare(before, "--tuned", tuned) == 0
-    assert drawn == [(name == "consistency", name, steps, range(64)) for name, steps in (
-        ("consistency", 1), ("consistency", 2), ("sde-dpm++", 2), ("ddpm", 20))]
+    assert drawn == [(name == "consistency", name, steps, guidance, range(64)) for name, steps, guidance in (
+        ("consistency", 1, 1.0), ("consistency", 2, 1.0), ("sde-dpm++", 2, 1.0), ("sde-dpm++", 3, 3.0))]
     distances = {(row["sampler"], row["steps"]): row["distances"] for row in rows()}
     *table, _, line = Path("outputs/samplers.md").read_text(encoding="utf-8").splitlines()
     assert len(table) == 2 + 4 + 1 and "±" in table[2] and table[2].startswith("| `consistency` | 1 |")

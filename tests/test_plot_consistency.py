@@ -15,7 +15,8 @@ from tools import plot_consistency
 from tools.plot_consistency import Settings, predictions
 
 pytestmark = pytest.mark.usefixtures("own_folder")
-TUNED = dict(objective="consistency", sampler="consistency", sample_steps=2, init="before.pt")
+TUNED = dict(objective="consistency", sampler="consistency", sample_steps=4, init="before.pt",
+             teacher_guidance=2.0)
 
 
 @pytest.mark.parametrize("latent", [False, True])
@@ -27,25 +28,26 @@ def test_the_rows_are_what_both_models_predict_on_one_path(latent):
         for weight in tuned.net.parameters():
             weight.add_(0.05)
     labels = before.class_labels([("fire",)])
-    settings = Settings(columns=5, steps=20)
+    settings = Settings(steps=20)
     (path, ours, theirs), timesteps = predictions(before, tuned, labels, settings)
-    assert timesteps == [99, 74, 49, 29, 4]
-    assert path.shape == ours.shape == theirs.shape == (5, 3, 16, 16) and path.dtype == torch.uint8
+    assert timesteps == [99, 75, 43, 20]
+    assert path.shape == ours.shape == theirs.shape == (4, 3, 16, 16) and path.dtype == torch.uint8
     assert not ours.equal(theirs)
-    # The last prediction before tuning is the image that the path ends at; the first is that of pure noise.
-    image = before.sample([0], labels=labels, sampler="ddim", steps=20)
-    assert (ours[-1].int() - ((image[0] + 1) * 127.5).round().clamp(0, 255).int()).abs().max() <= 1
-    noise = before.noise([0])
-    x_0 = before.scheduler.to_x_0("v", before.denoise(noise, torch.tensor([99]), labels), noise, torch.tensor([99]))
-    x_0 = x_0.clamp(-before.space.latent_range, before.space.latent_range)
-    assert (ours[0].int() - ((before.decode(x_0)[0] + 1) * 127.5).round().clamp(0, 255).int()).abs().max() <= 1
+    # The path is the guided one: from its last point shown, the model before tuning draws the image that it ends at.
+    seen = {}
+    timesteps = sorted({*range(4, 100, 5), *timesteps}, reverse=True)
+    before.sample([0], labels=labels, guidance=2.0, sampler="ddim", steps=len(timesteps), timesteps=timesteps,
+                  callback=lambda i, x_t, x_0: seen.update({timesteps[i]: x_0}))
+    for row, t in enumerate((99, 75, 43, 20)):
+        expected = ((before.decode(seen[t])[0] + 1) * 127.5).round().clamp(0, 255).int()
+        assert (ours[row].int() - expected).abs().max() <= 1
 
 
 def test_the_command_and_what_it_refuses(capsys):
     save_tiny_model(Path("before.pt"), ("fire", "water"))
     save_tiny_model(Path("other.pt"), ("fire",))
     save_tiny_model(Path("tuned.pt"), ("fire", "water"), **TUNED)
-    flags = ["--device", "cpu", "--columns", 3, "--steps", 4, "--types", "fire"]
+    flags = ["--device", "cpu", "--steps", 4, "--types", "fire"]
     assert call(plot_consistency, "--tuned", "tuned.pt", *flags) == 0
     assert Image.open("outputs/consistency.png").width > 300
     assert "wrote outputs/consistency.png" in capsys.readouterr().out

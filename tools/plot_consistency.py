@@ -2,8 +2,9 @@
 
     python -m tools.plot_consistency --tuned checkpoints/few_steps/final_model.pt
 
-The path is that of ddim with the model before tuning. Its prediction is a mean, blurred where there is much noise; that
-of the tuned model should be where the path ends, all the way. Writes outputs/consistency.png.
+The path is that of ddim with the model before tuning, with the guidance that the tuning built in. Its prediction is a
+mean, blurred where there is much noise; that of the tuned model should be where the path ends, at each of the timesteps
+that it was tuned for. Writes outputs/consistency.png.
 """
 
 from __future__ import annotations
@@ -33,7 +34,6 @@ class Settings:
     checkpoint: str = setting("", "checkpoint of the model before (default: the one that the tuning names)")
     seed: int = seed_setting("seed of the noise that the path begins with")
     types: str = setting("", "types of the image, as \"fire flying\" (default: any)")
-    columns: int = setting(8, "points of the path to show", least=2, most=50)
     steps: int = setting(100, "steps of the path", least=2)
     output: str = setting("outputs/consistency.png", "file to write")
     device: str = device_setting()
@@ -70,26 +70,29 @@ def check_same_model(before: Pipeline, tuned: Pipeline) -> None:
 @torch.no_grad()
 def predictions(before: Pipeline, tuned: Pipeline, labels: torch.Tensor | None, settings: Settings
                 ) -> tuple[list[torch.Tensor], list[int]]:
-    """Return three rows of images, uint8 [columns, 3, S, S] each: x_t, and x_0 predicted before and after tuning.
+    """Return three rows of images, uint8 [N, 3, S, S] each: x_t, and x_0 predicted before and after tuning.
 
-    Also return the timesteps of the columns, which fall.
+    Also return the N timesteps that the model was tuned for, which fall.
     """
-    # Follow the path, which has the noise of the next timestep after each step.
-    states = [before.noise([settings.seed])]
-    before.sample([settings.seed], labels=labels, sampler="ddim", steps=settings.steps,
-                  callback=lambda i, x_t, x_0: states.append(x_t.float().cpu()))
-    path = SAMPLERS["ddim"].timesteps(before.scheduler.num_timesteps, settings.steps)
-    shown = torch.linspace(0, len(path) - 1, settings.columns).round().long().tolist()
+    # Follow the path, which has the noise of the next timestep after each step, and predict an image in each.
+    T, (sampler, jumps) = before.scheduler.num_timesteps, tuned.default_sampler
+    timesteps = SAMPLERS[sampler].timesteps(T, jumps)
+    path = sorted({*SAMPLERS["ddim"].timesteps(T, min(settings.steps, T)), *timesteps}, reverse=True)
+    states, images = [before.noise([settings.seed])], []
 
-    # Predict the image at some of its points.
-    rows = []
-    timesteps = [path[i] for i in shown]
+    def after_step(i: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
+        states.append(x_t.float().cpu())
+        images.append(x_0.float().cpu())
+
+    before.sample([settings.seed], labels=labels, guidance=tuned.built_in_guidance, sampler="ddim", steps=len(path),
+                  timesteps=path, callback=after_step)
+    shown = [path.index(u) for u in timesteps]
+
+    # Let the tuned model predict it at the same points.
     x_t, t = torch.cat([states[i] for i in shown]).to(before.device), torch.tensor(timesteps, device=before.device)
-    rows.append(x_t)
-    for pipeline in (before, tuned):
-        inputs = [x_t, t] if labels is None else [x_t, t, labels.repeat(len(t), 1).to(t.device)]
-        x_0 = pipeline.scheduler.to_x_0(pipeline.prediction, pipeline.denoise(*inputs).float(), x_t, t)
-        rows.append(x_0.clamp(-pipeline.space.latent_range, pipeline.space.latent_range))
+    inputs = [x_t, t] if labels is None else [x_t, t, labels.repeat(len(t), 1).to(t.device)]
+    x_0 = tuned.scheduler.to_x_0(tuned.prediction, tuned.denoise(*inputs).float(), x_t, t)
+    rows = [x_t, torch.cat([images[i] for i in shown]), x_0.clamp(-tuned.space.latent_range, tuned.space.latent_range)]
     return [to_uint8(before.decode(row)) for row in rows], timesteps
 
 

@@ -1,111 +1,95 @@
-"""Consistency tuning: a trained model learns to jump, and then draws in few steps. The loss, and checks of settings.
+"""Tuning to few steps: a trained model learns to jump to the image that it would draw. The loss, and checks of settings.
 
     python train.py --objective consistency --init checkpoints/final_model.pt ...       # see docs/few_steps.md
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from models.pipeline import BY_TYPES, Pipeline
-from reverse_diffusion import SAMPLERS
-from training.loss import DiffusionLoss, to_x_0
+from models.pipeline import DEFAULT_GUIDANCE, Pipeline
+from reverse_diffusion import SAMPLERS, consistency_timesteps, sample
+from training.loss import DiffusionLoss
+from utils.device import autocast
 
 CONSISTENCY = "consistency"
 OBJECTIVES = ("denoising", CONSISTENCY)
 
 
+class Teacher(nn.Module):
+    """The model as it was before tuning, frozen: what the loss needs to draw with it.
+
+    Args:
+        net: a copy of the network to be tuned.
+        guidance: scale.
+        worse: what guidance goes away from; None: `net` without labels, see `reverse_diffusion.sample`.
+    """
+
+    def __init__(self, net: nn.Module, guidance: float = 1.0, worse: nn.Module | None = None):
+        super().__init__()
+        self.net, self.guidance, self.worse = net, guidance, worse
+        self.eval().requires_grad_(False)
+
+
 @dataclass
 class ConsistencyLoss(DiffusionLoss):
-    """Consistency tuning: x_t and x_r, of one image and one noise, are to give the same image (Geng et al. 2025).
+    """The denoising loss, for the image that a teacher draws from x_t instead of the one that x_t was made of.
 
-    r < t has less noise, see `lower_timesteps`; -1 is the clean image itself. The gap rises in equal parts of the run
-    through `gaps`, so that r comes nearer to t. The precision must be "fp32": the loss is a difference of two outputs.
+    The sampler is deterministic, so the network learns a function of x_t: where its path ends (Luhman & Luhman 2021,
+    from pure noise; Song et al. 2023 call it the consistency function). Only the timesteps from which the sampler
+    `consistency` jumps are trained.
 
     Attributes:
-        total_steps: of the run.
-        gaps: of its parts.
-        anchor: fraction of the timesteps that are compared with the image itself, see `lower_timesteps`.
-        huber: c of the pseudo-Huber distance sqrt(d^2 + c^2) - c, above 0.
-        dropout: whether the network has any.
-        teacher: a frozen network whose step of ddim from x_t gives x_r; None: add_noise gives it.
-        guidance: the classifier-free guidance scale of that step.
+        teacher: draws by dpm++, with its guidance.
+        teacher_steps: of that from the last timestep; in proportion fewer from others, at least one.
+        jumps: number of timesteps, those of `consistency_timesteps`.
     """
 
-    total_steps: int = 1
-    gaps: Sequence[int] = (2, 4, 8, 16)
-    anchor: float = 0.1
-    huber: float = 5e-4
-    dropout: bool = False
-    teacher: nn.Module | None = None
-    guidance: float = 1.0
+    teacher: Teacher = field(kw_only=True)
+    teacher_steps: int = 8
+    jumps: int = 4
 
     def __post_init__(self):
-        self._lower = [lower_timesteps(self.scheduler.num_timesteps, gap, self.anchor) for gap in self.gaps]
+        self.timesteps = consistency_timesteps(self.scheduler.num_timesteps, self.jumps)
 
-    def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
-        """Draw what `DiffusionLoss` draws, and add r [B], which follows from the timestep and the step's gap."""
-        augment_rand, t, noise, keep_label = super().draw_randomness(batch_size, generator, step)
-        part = min(step * len(self.gaps) // self.total_steps, len(self.gaps) - 1)
-        self._lower[part] = self._lower[part].to(t.device)  # once: a step copies nothing from the host
-        return augment_rand, t, noise, keep_label, self._lower[part][t]
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator, step: int) -> torch.Tensor:
+        """Return timesteps [B] that take turns, over the images and over the steps."""
+        turns = (torch.arange(batch_size) + step) % self.jumps
+        return torch.tensor(self.timesteps)[turns].to(generator.device)
 
-    def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
-                 t: torch.Tensor, noise: torch.Tensor, keep_label: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        """Return the mean distance of the images predicted at x_t and, without a gradient, at x_r, times T / (t - r).
-
-        Args: as `DiffusionLoss` has them, and r [B], below t.
-        """
-        x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
-        labels = labels * keep_label
-        x_t, s = self.scheduler.add_noise(x_0, t, noise), r.clamp(min=0)
-
-        def predict(network: nn.Module, x: torch.Tensor, u: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return self.scheduler.to_x_0(self.prediction, network(x, u, labels, augment_labels=augment_labels), x, u)
-
-        # The target: what the same network, with the same dropout mask, makes of x_r; or the image.
-        seed = torch.initial_seed()  # of the step, which has drawn nothing from it yet
-        with torch.no_grad():
-            if self.teacher is None:
-                x_r = self.scheduler.add_noise(x_0, s, noise)
-            else:
-                guided = predict(self.teacher, x_t, t, labels)
-                if self.guidance != 1:
-                    plain = predict(self.teacher, x_t, t, torch.zeros_like(labels))
-                    guided = plain + self.guidance * (guided - plain)
-                guided = guided.clamp(-self.space.latent_range, self.space.latent_range)
-                x_r = self.scheduler.add_noise(guided, s, self.scheduler.to_eps(guided, x_t, t))
-            target = torch.where(r.view(-1, 1, 1, 1) < 0, x_0, predict(net, x_r, s, labels))
-        if self.dropout:
-            torch.manual_seed(seed)
-
-        # sqrt(d^2 + c^2) - c, in a form that loses no digits where d is small.
-        squared = (predict(net, x_t, t, labels) - target).square().mean(dim=(1, 2, 3))
-        distance = squared / ((squared + self.huber**2).sqrt() + self.huber)
-        return (distance * self.scheduler.num_timesteps / (t - r)).mean()
+    @torch.no_grad()
+    def what_to_predict(self, x_0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
+                        labels: torch.Tensor, augment_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the teacher's image, and the noise that x_t then has."""
+        image = torch.empty_like(x_0)
+        for u in self.timesteps:
+            rows = t == u
+            if not rows.any():
+                continue
+            net, worse = (net and _told(net, augment_labels[rows]) for net in (self.teacher.net, self.teacher.worse))
+            steps = max(1, round(self.teacher_steps * (u + 1) / self.scheduler.num_timesteps))
+            with autocast(x_t.device, self.precision):
+                image[rows] = sample(net, self.scheduler, x_t[rows], sampler="dpm++", steps=steps, start=u,
+                                     prediction=self.prediction, labels=labels[rows], guidance=self.teacher.guidance,
+                                     worse=worse, clip=self.space.latent_range).to(image.dtype)
+        return image, self.scheduler.to_eps(image, x_t, t)
 
 
-def lower_timesteps(num_timesteps: int, gap: int, anchor: float) -> torch.Tensor:
-    """Return, for each timestep t, the r = t - ceil((t + 1) / gap) that it is compared with; int64 [T].
+def _told(net: nn.Module, augment_labels: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return `net` as `sample` calls it, with the augmentation bound; guidance by types asks for each image twice."""
+    def network(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return net(x_t, t, labels, augment_labels=augment_labels.repeat(len(x_t) // len(augment_labels), 1))
 
-    Below `anchor` times T, r is -1, the image itself. There x_t shows its noise as well as its image: what both answers
-    have in common, a rest of the noise, is no difference between t and r, so the loss does not see it, and it was found
-    to grow until the network only repeats x_t. The image tells it. Little is lost: with so little noise a single image
-    can be meant, which is where the path ends.
-    """
-    t = torch.arange(num_timesteps)
-    r = t - (t + gap) // gap  # ceil((t + 1) / gap)
-    return r.where(t >= anchor * num_timesteps, -1)
+    return network
 
 
 def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
-    """Raise ValueError for settings that do not go with the objective; warn of gaps that move on resume."""
+    """Raise ValueError for settings that do not go with the objective."""
     if config.objective != CONSISTENCY:
         if SAMPLERS[config.sampler].tuned:
             raise ValueError(f"--sampler {config.sampler} is for a model that is tuned to it: add --objective "
@@ -115,32 +99,31 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
         return
     if config.guide_at:
         raise ValueError(f"--guide_at does not go with --objective {CONSISTENCY}: leave it out")
+    if config.lognormal:
+        raise ValueError(f"--lognormal does not go with --objective {CONSISTENCY}, which has timesteps of its own: leave "
+                         f"it out")
     if checkpoint is None and not config.init:
         raise ValueError(f"--objective {CONSISTENCY} tunes a model: name the checkpoint of one that predicts v with "
                          f"--init")
+    if checkpoint is not None and "teacher" not in checkpoint:
+        raise ValueError("this tuning had no teacher, by a version of PokeDiff that did without: start a new one")
     if config.prediction != "v":
         raise ValueError(f"--objective {CONSISTENCY} needs --prediction v, and the other flags that the model of "
                          f"--init was trained with")
-    if config.precision not in ("auto", "fp32"):
-        raise ValueError(f"--objective {CONSISTENCY} needs --precision fp32: its loss is a difference of two outputs, "
-                         f"which {config.precision} rounds too much")
-    config.precision = "fp32"
     if not SAMPLERS[config.sampler].tuned:
         raise ValueError(f"--objective {CONSISTENCY} needs --sampler consistency: a tuned model jumps, and the small "
                          f"steps of {config.sampler} are not for it")
-    if checkpoint is not None and config.epochs != checkpoint["config"]["epochs"]:
-        print(f"warning: --epochs {config.epochs} instead of {checkpoint['config']['epochs']} changes when each of "
-              f"--gaps is due", file=sys.stderr)
 
 
 def check_tunable(config: Any, start: Pipeline) -> None:
-    """Raise ValueError for a model of --init that cannot be tuned to consistency, or be the teacher."""
+    """Raise ValueError for a model of --init that cannot be the teacher; fill in the guidance that it draws with."""
     if start.prediction != "v":
         raise ValueError(f"--init {config.init} predicts {start.prediction}, and --objective {CONSISTENCY} needs a "
                          f"model that predicts v: train one with --prediction v")
-    if config.teacher_guidance and start.tuned:
+    if start.tuned:
         raise ValueError(f"--init {config.init} is tuned already and cannot be the teacher: give the model that it was "
-                         f"tuned from, or leave --teacher_guidance out")
-    if config.teacher_guidance not in (0, 1) and BY_TYPES not in start.guides:
-        raise ValueError(f"--teacher_guidance {config.teacher_guidance} needs a model with types that was trained with "
-                         f"--label_dropout above 0, and {config.init} is none: give 1, or leave it out")
+                         f"tuned from")
+    config.teacher_guidance = config.teacher_guidance or (DEFAULT_GUIDANCE if start.guides else 1.0)
+    if config.teacher_guidance != 1 and not start.guides:
+        raise ValueError(f"--teacher_guidance {config.teacher_guidance} needs a model that was trained with --guide_at, "
+                         f"or with types and --label_dropout above 0, and {config.init} is neither: leave it out")

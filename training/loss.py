@@ -4,8 +4,8 @@
     randomness = loss.draw_randomness(16, generator, step=0)   # augmentation, timesteps, noise, label dropout
     value = loss(net, images, labels, *randomness)             # scalar
 
-All losses have these two methods, so the training step does not distinguish them; ConsistencyLoss is in
-training/consistency.py.
+All losses have these two methods, so the training step does not distinguish them; ConsistencyLoss, which has another
+image predicted, is in training/consistency.py.
 """
 
 from __future__ import annotations
@@ -41,11 +41,16 @@ class DiffusionLoss:
         """Draw, for each image, the augmentation [B, 8], timestep [B], noise [B, C, H, W] and keep_label [B, 1]."""
         options = dict(generator=generator, device=generator.device)
         augment_rand = torch.rand(batch_size, AUGMENT_RAND_DIM, **options)
-        t = (draw_lognormal_timesteps(batch_size, self.scheduler, *self.lognormal, generator) if self.lognormal else
-             draw_timesteps(batch_size, self.scheduler.num_timesteps, generator))
+        t = self.draw_timesteps(batch_size, generator, step)
         noise = torch.randn(batch_size, *self.space.shape(self.image_size), **options)
         keep_label = torch.rand(batch_size, 1, **options) >= self.label_dropout
         return augment_rand, t, noise, keep_label
+
+    def draw_timesteps(self, batch_size: int, generator: torch.Generator, step: int) -> torch.Tensor:
+        """Draw the timesteps [B] of a step."""
+        if self.lognormal:
+            return draw_lognormal_timesteps(batch_size, self.scheduler, *self.lognormal, generator)
+        return draw_timesteps(batch_size, self.scheduler.num_timesteps, generator)
 
     def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
                  t: torch.Tensor, noise: torch.Tensor, keep_label: torch.Tensor) -> torch.Tensor:
@@ -59,12 +64,20 @@ class DiffusionLoss:
             labels: multi-hot [B, K].
         """
         x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
+        labels = labels * keep_label
         x_t = self.scheduler.add_noise(x_0, t, noise)
         with autocast(x_t.device, self.precision):
-            output = net(x_t, t, labels * keep_label, augment_labels=augment_labels)
+            output = net(x_t, t, labels, augment_labels=augment_labels)
+        x_0, noise = self.what_to_predict(x_0, noise, x_t, t, labels, augment_labels)
         target = self.scheduler.target(self.prediction, x_0, t, noise)
         error = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
         return (error * self.scheduler.loss_weight(self.loss_weighting, self.prediction, t)).mean()
+
+    def what_to_predict(self, x_0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
+                        labels: torch.Tensor, augment_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the image and the noise, of which x_t consists, that the network is to predict: those it was made of.
+        """
+        return x_0, noise
 
 
 def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: PixelSpace | LatentSpace,

@@ -168,7 +168,7 @@ class TrainingStep:
 
     def _choose_how_to_run(self) -> None:
         recordable = (self.device.type == "cuda" and not self.scaler.is_enabled() and self.dist.world_size == 1
-                      and not self.has_dropout)
+                      and not self.has_dropout and self.teacher is None)  # who draws for each timestep's images
         self.compute: Callable[..., None] = CUDAGraphed(self._compute) if recordable else self._compute
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -49,9 +49,9 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "fp32"
 
 
-def use_fast_kernels(tf32: bool = True) -> None:
+def use_fast_kernels() -> None:
     """Allow TF32, 11 bits, in float32 products on CUDA, and let cuDNN choose convolutions by trying them."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
 
 
