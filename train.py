@@ -75,8 +75,8 @@ class Config(TrainingConfig):
     teacher_steps: int = setting(8, "consistency: steps in which the model of --init, kept as it is, draws the images "
                                     "that the jumps are to lead to", above=0)
     teacher_guidance: float = setting(0.0, "consistency: its guidance scale, which is then built in: away from the "
-                                           "earlier network of --guide_at if it has one, else by types (default: as "
-                                           "it draws by default)", least=0)
+                                           "earlier network of --guide_at if it has one, else by types; 0: as it "
+                                           "draws by default", least=0)
     width: int = setting(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = setting((), "of the width, one per level (default: those of unet.LEVELS for the "
                                                "image size; 1 2 4 8 for 64 pixels)")
@@ -100,7 +100,8 @@ class Config(TrainingConfig):
 
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
-    sample_steps: int = setting(50, "network passes for a sample grid", above=0)
+    sample_steps: int = setting(50, "network passes for a sample grid; with consistency: the jumps to tune to",
+                                above=0)
     guidance: float = setting(1.0, "guidance scale of the sample grids (1 = off)")
     guide_at: float = setting(0.0, "keep the EMA as it is after this fraction of the training, as 0.3: "
                                    "guidance then goes away from it (autoguidance), with types or without; 0: do not",
@@ -141,8 +142,8 @@ PRESETS["few_steps"] = PRESETS["quick"] | dict(
     objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", epochs=6, lr=1e-3, sample_every=3,
 )
 # Settings that go with another one, unless flags say otherwise.
-IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=4, lognormal=(), guidance=1.0,
-                                            guide_at=0.0)}
+IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=4, lognormal=(),
+                                            loss_weighting="uniform", guidance=1.0, guide_at=0.0)}
 
 # The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
 OWN_AUTOENCODER = dict(channels=6, mean_colours=True, kl_weight=1e-3, latent_noise=0.4, sample_every=5)
@@ -236,7 +237,8 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     return loop(config, run_images, step, draw_grid, content, checkpoint)
 
 
-def make_teacher(config: Config, net: UNet, start: Pipeline | None, checkpoint: dict[str, Any] | None) -> Teacher | None:
+def make_teacher(config: Config, net: UNet, start: Pipeline | None, checkpoint: dict[str, Any] | None
+                 ) -> Teacher | None:
     """Return the teacher of a tuning: a copy of the network as it starts, guided as that model draws.
 
     Of a run that is resumed, it gets its weights from latest.pt, with the network.

@@ -182,14 +182,14 @@ class Pipeline:
                              "keeps: leave --guide out")
         if guidance == 1 or guide == BY_EARLIER:
             return None if guidance == 1 else guide
+        if self.built_in_guidance != 1:
+            raise ValueError(f"this checkpoint has guidance {self.built_in_guidance:g} built in by its training: leave "
+                             f"{flag} out")
         if not self.class_names:
             raise ValueError(f"guidance strengthens types, and this checkpoint knows none: leave {flag} out")
         if labels is None:
             raise ValueError(f"guidance strengthens types, and none is given: add --types, with one or more of "
                              f"{', '.join(self.class_names)}")
-        if self.built_in_guidance != 1:
-            raise ValueError(f"this checkpoint has guidance {self.built_in_guidance:g} built in by its training: leave "
-                             f"{flag} out")
         if BY_TYPES not in self.guides:
             raise ValueError(f"guidance compares with images of any type, which this checkpoint was trained without "
                              f"(--label_dropout 0): leave {flag} out")

@@ -99,7 +99,8 @@ def test_a_tuned_model_beside_the_one_before(few_steps, tmp_path, monkeypatch, c
     tuned = save_critter_model(tmp_path / "tuned.pt", objective="consistency", sampler="consistency", sample_steps=2)
     drawn, draw = [], Pipeline.sample
     monkeypatch.setattr(Pipeline, "sample", lambda pipeline, seeds, **options: drawn.append(
-        (pipeline.tuned, options["sampler"], options["steps"], options.get("guidance", 1.0), seeds)) or draw(pipeline, seeds, **options))
+        (pipeline.tuned, options["sampler"], options["steps"], options.get("guidance", 1.0), seeds))
+        or draw(pipeline, seeds, **options))
     assert compare(before, "--tuned", tuned) == 0
     assert drawn == [(name == "consistency", name, steps, guidance, range(64)) for name, steps, guidance in (
         ("consistency", 1, 1.0), ("consistency", 2, 1.0), ("sde-dpm++", 2, 1.0), ("sde-dpm++", 3, 3.0))]

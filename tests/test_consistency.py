@@ -215,7 +215,7 @@ def test_the_teacher_is_frozen_and_told_the_augmentation():
     augment_rand = torch.rand(8, 8, generator=torch.Generator().manual_seed(1))
     t, labels = TIMESTEPS[:8], torch.tensor([[1, 0]] * 8)
     loss(student, images, labels, augment_rand, t, torch.zeros(8, 3, 8, 8), torch.ones(8, 1)).backward()
-    *parts, whole = told
+    whole, *parts = told
     assert len(parts) == 4 and len(whole.unique(dim=0)) == 8
     assert all(part.equal(whole[t == u].repeat(2, 1)) for part, u in zip(parts, (999, 750, 430, 200)))
     assert all(weight.grad is None for weight in teacher.parameters())

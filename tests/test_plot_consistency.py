@@ -33,7 +33,7 @@ def test_the_rows_are_what_both_models_predict_on_one_path(latent):
     assert timesteps == [99, 75, 43, 20]
     assert path.shape == ours.shape == theirs.shape == (4, 3, 16, 16) and path.dtype == torch.uint8
     assert not ours.equal(theirs)
-    # The path is the guided one: from its last point shown, the model before tuning draws the image that it ends at.
+    # The path is the guided one, and the images before tuning are those that its steps predict.
     seen = {}
     timesteps = sorted({*range(4, 100, 5), *timesteps}, reverse=True)
     before.sample([0], labels=labels, guidance=2.0, sampler="ddim", steps=len(timesteps), timesteps=timesteps,
@@ -50,6 +50,8 @@ def test_the_command_and_what_it_refuses(capsys):
     flags = ["--device", "cpu", "--steps", 4, "--types", "fire"]
     assert call(plot_consistency, "--tuned", "tuned.pt", *flags) == 0
     assert Image.open("outputs/consistency.png").width > 300
+    save_tiny_model(Path("one.pt"), ("fire", "water"), **TUNED | dict(sample_steps=1))
+    assert call(plot_consistency, "--tuned", "one.pt", *flags[:4]) == 0  # of any type, in one jump
     assert "wrote outputs/consistency.png" in capsys.readouterr().out
     assert_one_line(call(plot_consistency, "--tuned", "before.pt", *flags), capsys, "before.pt is not tuned")
     for other, words in (("tuned.pt", "tuned as well"), ("other.pt", "different models")):

@@ -18,7 +18,7 @@ import train
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline
 from training.consistency import ConsistencyLoss
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.images import read_settings
 
 pytestmark = pytest.mark.usefixtures("own_folder", "plain_loss_curve")
@@ -54,8 +54,9 @@ def tuned_model(path: str, types=("fire", "water"), **settings) -> Path:
 
 
 @pytest.mark.parametrize("folder, more", [
-    ("teacher_folder", ["--sample_steps", "2", "--precision", "bf16"]),
-    ("teacher_folder", ["--dropout", "0.3", "--grad_accum", "2", "--augment", "flip", "--teacher_guidance", "2"]),
+    ("teacher_folder", ["--precision", "bf16"]),
+    ("teacher_folder", ["--dropout", "0.3", "--grad_accum", "2", "--augment", "flip", "--teacher_guidance", "2",
+                        "--sample_steps", "4"]),
     ("guided_folder", []),
 ], ids=["guided by types", "dropout", "guided by the earlier network"])
 def test_a_resumed_tuning_is_the_uninterrupted_one(folder, more, tmp_path, request):
@@ -85,7 +86,7 @@ def test_a_resumed_tuning_is_the_uninterrupted_one(folder, more, tmp_path, reque
 
 
 def test_two_processes_have_the_losses_of_one(teacher_folder):
-    flags = [*tuning(teacher_folder), "--lr", "1e-3"]
+    flags = [*tuning(teacher_folder), "--lr", "1e-3", "--sample_steps", 4]
     assert call(train, *flags, "--run_name", "one") == 0
     done = torchrun(ROOT / "train.py", *map(str, flags), "--run_name", "two")
     assert done.returncode == 0, done.stderr
@@ -120,10 +121,34 @@ def test_a_step_that_is_not_finite_is_skipped(teacher_folder, monkeypatch):
 
 
 def test_what_the_objective_implies(teacher_folder):
-    assert call(train, *MODEL[:-6], "--timesteps", 50, "--device", "cpu", "--prediction", "v", "--schedule", "cosine",
+    """Whatever a preset says, unless flags do."""
+    at = MODEL.index("--sample_steps")
+    assert call(train, "--preset", "latents", *MODEL[:at], *MODEL[at + 2:], "--epochs", 1, "--autoencoder", "",
                 "--objective", "consistency", "--init", teacher_folder / "checkpoints/final_model.pt") == 0
     config = load_checkpoint("checkpoints/final_model.pt")["config"]
-    assert (config["sampler"], config["guidance"]) == ("consistency", 1.0)
+    assert (config["sampler"], config["sample_steps"], config["loss_weighting"]) == ("consistency", 4, "uniform")
+    assert (config["lognormal"], config["guidance"], config["guide_at"]) == ((), 1.0, 0.0)
+
+
+def test_what_a_resumed_tuning_refuses(teacher_folder, capsys):
+    assert call(train, *tuning(teacher_folder), "--max_steps", 3) == 0
+    capsys.readouterr()
+    for flags, words in ((["--sample_steps", 4], "this tuning is to 2 jumps"), (["--guidance", 3], "is built in")):
+        assert_one_line(call(train, "--resume", *flags), capsys, words)
+    content = load_checkpoint("checkpoints/latest.pt")
+    content["teacher"] = {name.removeprefix("net."): weight for name, weight in content["teacher"].items()}
+    content["config"] |= dict(gaps=(2, 4), anchor=0.1, huber=5e-4)  # as it was before
+    save_checkpoint("checkpoints/latest.pt", **{name: x for name, x in content.items() if name != "format"})
+    assert_one_line(call(train, "--resume"), capsys, "start a new one")
+
+
+def test_a_training_from_before_is_resumed():
+    """When every run had the settings of the former tuning."""
+    assert call(train, *MODEL, "--max_steps", 3) == 0
+    content = load_checkpoint("checkpoints/latest.pt")
+    content["config"] |= dict(gaps=(2, 4, 8, 16), anchor=0.1, huber=5e-4)
+    save_checkpoint("checkpoints/latest.pt", **{name: x for name, x in content.items() if name != "format"})
+    assert call(train, "--resume", "--max_steps", 4) == 0
 
 
 def test_the_preset_tunes_the_quick_presets_model():
@@ -142,12 +167,17 @@ def test_a_presets_run_name_is_its_folder(teacher_folder, monkeypatch):
     assert call(train, "--preset", "few_steps", *flags, "--sample_steps", 1) == 0
     assert Path("checkpoints/few_steps/final_model.pt").exists()
     assert call(train, "--resume", "--run_name", "few_steps", "--max_steps", 2) == 0
+    assert call(train, "--resume", "--preset", "few_steps", *flags[:-1], 3, "--sample_steps", 1) == 0
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--prediction", "v"], ["--objective consistency", "--init"]),
     (["--init", "FINAL"], ["needs --prediction v"]),
     (["--init", "FINAL", "--prediction", "v", "--lognormal", "0", "1"], ["--lognormal does not go with"]),
+    (["--init", "FINAL", "--prediction", "v", "--loss_weighting", "min_snr"], ["--loss_weighting min_snr does not go"]),
+    (["--init", "FINAL", "--prediction", "v", "--sample_steps", "51"], ["--sample_steps must be at most the 50"]),
+    (["--init", "FINAL", "--prediction", "v", "--teacher_steps", "51"], ["--teacher_steps must be at most the 50"]),
+    (["--init", "FINAL", "--prediction", "v", "--schedule", "cosine", "--guidance", "3"], ["guidance 3 is built in"]),
     (["--init", "FINAL", "--prediction", "v", "--sampler", "ddim"], ["needs --sampler consistency", "ddim"]),
     (["--init", "eps.pt", "--prediction", "v"], ["eps.pt predicts eps", "predicts v"]),
     (["--init", "FINAL", "--prediction", "v"], ["of another network", "schedule"]),

@@ -61,7 +61,8 @@ BASELINE = ("ddpm", 1000)  # the differences in the table are to this one
 FEW_STEPS = (Variant("consistency", "consistency", (1, 2, 4)), Variant("sde-dpm++", "sde-dpm++", (2, 4, 8, 20)),
              Variant("sde-dpm++, guidance 3", "sde-dpm++", (4, 8, 20), dict(guidance=3.0)))
 FEW_STEPS_BASELINE = ("sde-dpm++", 20)
-PAIRS = ((("consistency", 2), ("sde-dpm++", 8)), (("consistency", 4), ("sde-dpm++", 20)))
+PAIRS = ((("consistency", 2), ("sde-dpm++", 8)), (("consistency", 4), ("sde-dpm++", 20)),
+         (("consistency", 4), ("sde-dpm++, guidance 3", 20)))
 
 
 @dataclass
@@ -82,12 +83,12 @@ def main() -> None:
         settings = parse(Settings, "Measure the distance of samples to unseen critters, for each sampler and number of "
                          "steps.", prog="python -m tools.compare_samplers")
         pipeline = Pipeline.load(settings.checkpoint, pick_device(settings.device))
-        check(settings.checkpoint, pipeline)
+        variants = FEW_STEPS if settings.tuned else compared_variants()
+        check(settings.checkpoint, pipeline, variants)
         pipelines = {False: pipeline}  # by whether they are tuned
         if settings.tuned:
             pipelines[True] = Pipeline.load(settings.tuned, pick_device(settings.device))
-            check(settings.tuned, pipelines[True], tuned=True)
-        variants = FEW_STEPS if settings.tuned else compared_variants()
+            check(settings.tuned, pipelines[True], variants, tuned=True)
         output = Path(settings.output)
         results = load_results(output.with_suffix(".json"), settings, pipeline)
 
@@ -119,15 +120,18 @@ def main() -> None:
         print(printable(f"wrote {output.with_suffix('.json')}, .md and .png"))
 
 
-def check(path: str, pipeline: Pipeline, tuned: bool = False) -> None:
-    """Raise ValueError for a model of something else, of too few timesteps, or tuned where it should not be."""
+def check(path: str, pipeline: Pipeline, variants: Sequence[Variant], tuned: bool = False) -> None:
+    """Raise ValueError for a model of something else, that cannot be drawn so, or tuned where it should not be."""
     if sorted(pipeline.class_names) != sorted(TYPES):
         raise ValueError(f"{path} is not a model of critters with their types; train one: python train.py --preset "
                          f"quick")
     if pipeline.tuned != tuned:
         raise ValueError(f"{path} is {'not ' if tuned else ''}tuned to few steps: --checkpoint takes the model before, "
                          f"--tuned the one after")
-    most = max(max(variant.steps) for variant in compared_variants())
+    if not tuned and not pipeline.guides and any("guidance" in variant.options for variant in variants):
+        raise ValueError(f"{path} cannot be drawn with guidance, which is compared; choose one that was trained with "
+                         f"--guide_at or --label_dropout above 0")
+    most = max(max(variant.steps) for variant in variants)
     if most > pipeline.scheduler.num_timesteps:
         raise ValueError(f"{path} has {pipeline.scheduler.num_timesteps} timesteps, and {most} steps are compared; "
                          f"choose a model with more")
@@ -246,7 +250,7 @@ def draw_plot(results: dict, variants: Sequence[Variant], path: Path) -> None:
         axis.errorbar([row["steps"] for row in rows], values, errors, marker="o", capsize=3, label=variant.name)
     axis.axhline(with_error(results["real"])[0], color="black", linestyle=":", label="other unseen critters")
     axis.set_xscale("log")
-    axis.set_xlabel("steps (network passes for each image)")
+    axis.set_xlabel("steps (each a network pass for each image; two with guidance)")
     axis.set_ylabel("sliced Wasserstein distance of patches")
     axis.grid(alpha=0.3, which="both")
     axis.legend()

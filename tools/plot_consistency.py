@@ -51,7 +51,7 @@ def main() -> None:
         before = Pipeline.load(settings.checkpoint or tuned.settings["init"], device, "fp32")
         check_same_model(before, tuned)
         names = parse_types(settings.types, tuned.class_names) if settings.types else ()
-        labels = tuned.class_labels([names]) if names else None
+        labels = tuned.class_labels([names]) if tuned.class_names else None  # of no type: zeros
         rows, timesteps = predictions(before, tuned, labels, settings)
         draw(rows, timesteps, Path(settings.output))
         print(printable(f"wrote {settings.output}"))
@@ -101,7 +101,7 @@ def draw(rows: list[torch.Tensor], timesteps: list[int], path: Path) -> None:
     from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
 
     figure = Figure(figsize=(1.3 * len(timesteps) + 0.5, 1.4 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), len(timesteps))
+    axes = figure.subplots(len(rows), len(timesteps), squeeze=False)
     for images, name, row in zip(rows, ROWS, axes):
         for image, t, axis in zip(images, timesteps, row):
             axis.imshow(image.permute(1, 2, 0).numpy())

@@ -119,9 +119,9 @@ def configure(config_class: type[ConfigT], presets: dict[str, dict], description
         ValueError, CheckpointError: for settings that are out of range, or a run that cannot be begun or resumed.
     """
     given = _parse_flags(config_class, presets, description, prog)
+    resume, has_preset = given.pop("resume", False), "preset" in given
     preset = presets[given.pop("preset", "reference")]
-    resume = given.pop("resume", False)
-    if not resume:
+    if has_preset or not resume:
         for (name, value), others in (implied or {}).items():
             if ({**preset, **given}).get(name) == value:
                 preset = {**preset, **others}

@@ -1,4 +1,4 @@
-"""Tuning to few steps: a trained model learns to jump to the image that it would draw. The loss, and checks of settings.
+"""Tuning to few steps: a trained model learns to jump to the image that it would draw. The loss; checks of settings.
 
     python train.py --objective consistency --init checkpoints/final_model.pt ...       # see docs/few_steps.md
 """
@@ -66,7 +66,7 @@ class ConsistencyLoss(DiffusionLoss):
     def what_to_predict(self, x_0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
                         labels: torch.Tensor, augment_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the teacher's image, and the noise that x_t then has."""
-        image = torch.empty_like(x_0)
+        image, clip = torch.empty_like(x_0), self.space.latent_range
         for u in self.timesteps:
             rows = t == u
             if not rows.any():
@@ -76,7 +76,7 @@ class ConsistencyLoss(DiffusionLoss):
             with autocast(x_t.device, self.precision):
                 image[rows] = sample(net, self.scheduler, x_t[rows], sampler="dpm++", steps=steps, start=u,
                                      prediction=self.prediction, labels=labels[rows], guidance=self.teacher.guidance,
-                                     worse=worse, clip=self.space.latent_range).to(image.dtype)
+                                     worse=worse, clip=clip).to(image.dtype)
         return image, self.scheduler.to_eps(image, x_t, t)
 
 
@@ -99,20 +99,41 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
         return
     if config.guide_at:
         raise ValueError(f"--guide_at does not go with --objective {CONSISTENCY}: leave it out")
-    if config.lognormal:
-        raise ValueError(f"--lognormal does not go with --objective {CONSISTENCY}, which has timesteps of its own: leave "
-                         f"it out")
+    if config.lognormal or config.loss_weighting != "uniform":
+        flag = "--lognormal" if config.lognormal else f"--loss_weighting {config.loss_weighting}"
+        raise ValueError(f"{flag} does not go with --objective {CONSISTENCY}, which has a few timesteps, all "
+                         f"of the same weight: leave it out")
+    for name in ("sample_steps", "teacher_steps"):
+        if getattr(config, name) > config.timesteps:
+            raise ValueError(f"--{name} must be at most the {config.timesteps} timesteps, not {getattr(config, name)}")
     if checkpoint is None and not config.init:
         raise ValueError(f"--objective {CONSISTENCY} tunes a model: name the checkpoint of one that predicts v with "
                          f"--init")
-    if checkpoint is not None and "teacher" not in checkpoint:
-        raise ValueError("this tuning had no teacher, by a version of PokeDiff that did without: start a new one")
+    if checkpoint is not None:
+        _check_resumed(config, checkpoint)
     if config.prediction != "v":
         raise ValueError(f"--objective {CONSISTENCY} needs --prediction v, and the other flags that the model of "
                          f"--init was trained with")
     if not SAMPLERS[config.sampler].tuned:
         raise ValueError(f"--objective {CONSISTENCY} needs --sampler consistency: a tuned model jumps, and the small "
                          f"steps of {config.sampler} are not for it")
+
+
+def _check_resumed(config: Any, checkpoint: dict[str, Any]) -> None:
+    """Raise ValueError for a tuning that cannot be continued, or not with these settings."""
+    teacher, jumps = checkpoint.get("teacher"), checkpoint["config"]["sample_steps"]
+    if not isinstance(teacher, dict) or not any(name.startswith("net.") for name in teacher):
+        raise ValueError("this tuning was begun by a version of PokeDiff that tuned in another way: start a new one")
+    if config.sample_steps != jumps:
+        raise ValueError(f"--sample_steps {config.sample_steps} would tune other timesteps: this tuning is to {jumps} "
+                         f"jumps")
+    _check_guided_once(config)
+
+
+def _check_guided_once(config: Any) -> None:
+    if config.guidance != 1 and config.teacher_guidance != 1:
+        raise ValueError(f"--guidance {config.guidance:g}: guidance {config.teacher_guidance:g} is built in by the "
+                         f"tuning, and the sample grids need no other: leave it out")
 
 
 def check_tunable(config: Any, start: Pipeline) -> None:
@@ -125,5 +146,7 @@ def check_tunable(config: Any, start: Pipeline) -> None:
                          f"tuned from")
     config.teacher_guidance = config.teacher_guidance or (DEFAULT_GUIDANCE if start.guides else 1.0)
     if config.teacher_guidance != 1 and not start.guides:
-        raise ValueError(f"--teacher_guidance {config.teacher_guidance} needs a model that was trained with --guide_at, "
-                         f"or with types and --label_dropout above 0, and {config.init} is neither: leave it out")
+        raise ValueError(f"--teacher_guidance {config.teacher_guidance:g} needs a model that was trained with "
+                         f"--guide_at, or with types and --label_dropout above 0, and {config.init} was not: leave it "
+                         f"out")
+    _check_guided_once(config)

@@ -75,8 +75,7 @@ class DiffusionLoss:
 
     def what_to_predict(self, x_0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
                         labels: torch.Tensor, augment_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the image and the noise, of which x_t consists, that the network is to predict: those it was made of.
-        """
+        """Return the image and the noise to be predicted; x_t consists of both."""
         return x_0, noise
 
 

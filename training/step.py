@@ -1,4 +1,4 @@
-"""One training step: loss, gradient, Adam and EMA, without waiting for the device.
+"""One training step: loss, gradient, Adam and EMA, without waiting for the device (but for a teacher).
 
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps)
     step.begin()
@@ -168,7 +168,7 @@ class TrainingStep:
 
     def _choose_how_to_run(self) -> None:
         recordable = (self.device.type == "cuda" and not self.scaler.is_enabled() and self.dist.world_size == 1
-                      and not self.has_dropout and self.teacher is None)  # who draws for each timestep's images
+                      and not self.has_dropout and self.teacher is None)  # a teacher's images wait for the host
         self.compute: Callable[..., None] = CUDAGraphed(self._compute) if recordable else self._compute
 
     # -----------------------------------------------------------------------------------------------------------------

@@ -156,6 +156,8 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
                      autoencoder.get("config") if isinstance(autoencoder, dict) else None):
         if not isinstance(settings, dict):
             continue
+        for name in ("gaps", "anchor", "huber"):
+            settings.pop(name, None)  # of tuning to few steps as it was before it had a teacher who draws
         if settings.get("colour_shortcut") is False:
             del settings["colour_shortcut"]  # what it was when it was True cannot be had any more
         if "seed" in settings:
