@@ -107,7 +107,7 @@ def draw(rows: list[torch.Tensor], timesteps: list[int], path: Path) -> None:
             axis.imshow(image.permute(1, 2, 0).numpy())
             axis.set_xticks([])
             axis.set_yticks([])
-            if row is axes[0]:
+            if name == ROWS[0]:
                 axis.set_title(f"t = {t}", fontsize=9)
         row[0].set_ylabel(name.replace(" before", "\nbefore").replace(" after", "\nafter"), fontsize=9)
     with replacing(path) as temporary:
