@@ -134,7 +134,7 @@ class Sampler:
         options: keyword arguments of `step` that `sample` passes on.
         about: one line for people who choose.
         timesteps: (T, steps) -> the timesteps to visit.
-        tuned: for a network that was tuned to consistency, and no other; all other samplers are for any other network.
+        tuned: for a network that was tuned to few steps, and no other; all other samplers are for any other network.
     """
 
     step: Callable[..., tuple[torch.Tensor, float]]

@@ -74,9 +74,9 @@ class Config(TrainingConfig):
                                           "--sample_steps jumps, with --sampler consistency", OBJECTIVES)
     teacher_steps: int = setting(8, "consistency: steps in which the model of --init, kept as it is, draws the images "
                                     "that the jumps are to lead to", above=0)
-    teacher_guidance: float = setting(0.0, "consistency: its guidance scale, which is then built in: away from the "
-                                           "earlier network of --guide_at if it has one, else by types; 0: as it "
-                                           "draws by default", least=0)
+    teacher_guidance: float = setting(0.0, "consistency: guidance scale of the model of --init as it draws them, which "
+                                           "is then built in: away from its earlier network (--guide_at) if it has "
+                                           "one, else by types; 0: as it draws by default", least=0)
     width: int = setting(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = setting((), "of the width, one per level (default: those of unet.LEVELS for the "
                                                "image size; 1 2 4 8 for 64 pixels)")
@@ -100,7 +100,8 @@ class Config(TrainingConfig):
 
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
-    sample_steps: int = setting(50, "network passes for a sample grid; with consistency: the jumps to tune to",
+    sample_steps: int = setting(50, "network passes for a sample grid; with consistency: the jumps to tune to, "
+                                    "4 unless given",
                                 above=0)
     guidance: float = setting(1.0, "guidance scale of the sample grids (1 = off)")
     guide_at: float = setting(0.0, "keep the EMA as it is after this fraction of the training, as 0.3: "

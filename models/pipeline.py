@@ -99,7 +99,7 @@ class Pipeline:
 
     @property
     def tuned(self) -> bool:
-        """Whether the network was tuned to consistency, and so is drawn by jumps alone."""
+        """Whether the network was tuned to few steps, and so is drawn by jumps alone."""
         return self.settings.get("objective") == "consistency"
 
     @property

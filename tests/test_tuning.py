@@ -123,11 +123,13 @@ def test_a_step_that_is_not_finite_is_skipped(teacher_folder, monkeypatch):
 def test_what_the_objective_implies(teacher_folder):
     """Whatever a preset says, unless flags do."""
     at = MODEL.index("--sample_steps")
-    assert call(train, "--preset", "latents", *MODEL[:at], *MODEL[at + 2:], "--epochs", 1, "--autoencoder", "",
-                "--objective", "consistency", "--init", teacher_folder / "checkpoints/final_model.pt") == 0
-    config = load_checkpoint("checkpoints/final_model.pt")["config"]
-    assert (config["sampler"], config["sample_steps"], config["loss_weighting"]) == ("consistency", 4, "uniform")
-    assert (config["lognormal"], config["guidance"], config["guide_at"]) == ((), 1.0, 0.0)
+    flags = [*MODEL[:at], *MODEL[at + 2:], "--epochs", 1, "--autoencoder", "", "--objective", "consistency", "--init",
+             teacher_folder / "checkpoints/final_model.pt"]
+    for preset in ("latents", "maker"):  # one with min-SNR weights, the other with guidance and log-normal timesteps
+        assert call(train, "--preset", preset, "--run_name", preset, *flags) == 0
+        config = load_checkpoint(f"checkpoints/{preset}/final_model.pt")["config"]
+        assert (config["sampler"], config["sample_steps"], config["loss_weighting"]) == ("consistency", 4, "uniform")
+        assert (config["lognormal"], config["guidance"], config["guide_at"]) == ((), 1.0, 0.0)
 
 
 def test_what_a_resumed_tuning_refuses(teacher_folder, capsys):
@@ -137,7 +139,7 @@ def test_what_a_resumed_tuning_refuses(teacher_folder, capsys):
         assert_one_line(call(train, "--resume", *flags), capsys, words)
     content = load_checkpoint("checkpoints/latest.pt")
     content["teacher"] = {name.removeprefix("net."): weight for name, weight in content["teacher"].items()}
-    content["config"] |= dict(gaps=(2, 4), anchor=0.1, huber=5e-4)  # as it was before
+    content["config"] |= dict(gaps=(2, 4), anchor=0.1, huber=5e-4, loss_weighting="min_snr")  # as it was before
     save_checkpoint("checkpoints/latest.pt", **{name: x for name, x in content.items() if name != "format"})
     assert_one_line(call(train, "--resume"), capsys, "start a new one")
 

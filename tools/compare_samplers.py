@@ -70,7 +70,7 @@ class Settings:
     """The flags of this command."""
 
     checkpoint: str = setting("checkpoints/critters.pt", "checkpoint of a model of critters")
-    tuned: str = setting("", "checkpoint of the same model tuned to consistency: compare few steps of both (default: "
+    tuned: str = setting("", "checkpoint of the same model tuned to few steps: compare few steps of both (default: "
                              "compare the samplers of an untuned model)")
     num_images: int = setting(192, "samples for each sampler and number of steps", least=64)
     seed: int = seed_setting("seed of the first sample; the others follow")

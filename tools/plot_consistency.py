@@ -1,4 +1,4 @@
-"""Plot what a model predicts along one path from noise to image, before and after it was tuned to consistency.
+"""Plot what a model predicts along one path from noise to image, before and after it was tuned to few steps.
 
     python -m tools.plot_consistency --tuned checkpoints/few_steps/final_model.pt
 

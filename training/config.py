@@ -113,7 +113,8 @@ def configure(config_class: type[ConfigT], presets: dict[str, dict], description
     """Read the command line of a training script.
 
     Args:
-        implied: for a setting's name and value, other settings that go with it unless flags say otherwise.
+        implied: for a setting's name and value, other settings that go with it unless flags say otherwise. On --resume
+            only with --preset: else the checkpoint has them.
 
     Raises:
         ValueError, CheckpointError: for settings that are out of range, or a run that cannot be begun or resumed.

@@ -97,6 +97,8 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
         if config.teacher_guidance:
             raise ValueError(f"--teacher_guidance needs --objective {CONSISTENCY}")
         return
+    if checkpoint is not None:
+        _check_resumed(config, checkpoint)
     if config.guide_at:
         raise ValueError(f"--guide_at does not go with --objective {CONSISTENCY}: leave it out")
     if config.lognormal or config.loss_weighting != "uniform":
@@ -109,8 +111,6 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
     if checkpoint is None and not config.init:
         raise ValueError(f"--objective {CONSISTENCY} tunes a model: name the checkpoint of one that predicts v with "
                          f"--init")
-    if checkpoint is not None:
-        _check_resumed(config, checkpoint)
     if config.prediction != "v":
         raise ValueError(f"--objective {CONSISTENCY} needs --prediction v, and the other flags that the model of "
                          f"--init was trained with")
@@ -126,7 +126,7 @@ def _check_resumed(config: Any, checkpoint: dict[str, Any]) -> None:
         raise ValueError("this tuning was begun by a version of PokeDiff that tuned in another way: start a new one")
     if config.sample_steps != jumps:
         raise ValueError(f"--sample_steps {config.sample_steps} would tune other timesteps: this tuning is to {jumps} "
-                         f"jumps")
+                         f"jumps; give --sample_steps {jumps}, or leave it and --preset out")
     _check_guided_once(config)
 
 

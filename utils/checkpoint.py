@@ -157,7 +157,7 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(settings, dict):
             continue
         for name in ("gaps", "anchor", "huber"):
-            settings.pop(name, None)  # of tuning to few steps as it was before it had a teacher who draws
+            settings.pop(name, None)  # of tuning as it was when it compared neighbouring timesteps
         if settings.get("colour_shortcut") is False:
             del settings["colour_shortcut"]  # what it was when it was True cannot be had any more
         if "seed" in settings:
