@@ -101,8 +101,7 @@ class Config(TrainingConfig):
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
     sample_steps: int = setting(50, "network passes for a sample grid; with consistency: the jumps to tune to, "
-                                    "4 unless given",
-                                above=0)
+                                    "4 unless given", above=0)
     guidance: float = setting(1.0, "guidance scale of the sample grids (1 = off)")
     guide_at: float = setting(0.0, "keep the EMA as it is after this fraction of the training, as 0.3: "
                                    "guidance then goes away from it (autoguidance), with types or without; 0: do not",

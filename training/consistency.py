@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.pipeline import DEFAULT_GUIDANCE, Pipeline
+from models.pipeline import Pipeline
 from reverse_diffusion import SAMPLERS, consistency_timesteps, sample
 from training.loss import DiffusionLoss
 from utils.device import autocast
@@ -76,7 +76,7 @@ class ConsistencyLoss(DiffusionLoss):
             with autocast(x_t.device, self.precision):
                 image[rows] = sample(net, self.scheduler, x_t[rows], sampler="dpm++", steps=steps, start=u,
                                      prediction=self.prediction, labels=labels[rows], guidance=self.teacher.guidance,
-                                     worse=worse, clip=clip).to(image.dtype)
+                                     worse=worse, clip=clip)
         return image, self.scheduler.to_eps(image, x_t, t)
 
 
@@ -144,7 +144,7 @@ def check_tunable(config: Any, start: Pipeline) -> None:
     if start.tuned:
         raise ValueError(f"--init {config.init} is tuned already and cannot be the teacher: give the model that it was "
                          f"tuned from")
-    config.teacher_guidance = config.teacher_guidance or (DEFAULT_GUIDANCE if start.guides else 1.0)
+    config.teacher_guidance = config.teacher_guidance or start.default_guidance(has_types=True)
     if config.teacher_guidance != 1 and not start.guides:
         raise ValueError(f"--teacher_guidance {config.teacher_guidance:g} needs a model that was trained with "
                          f"--guide_at, or with types and --label_dropout above 0, and {config.init} was not: leave it "
