@@ -48,7 +48,7 @@ class Measurement:
     name: of the checkpoint or folder.
     trained_on: the model's data set; None for samples of an unknown model.
     samples: uint8 [N, 3, S, S].
-    sampling: sampler, steps, seed, guidance and guide of samples that were drawn here.
+    sampling: sampler, steps, seed, guidance, guide and built-in guidance of samples that were drawn here.
     figures: by name (see meanings.py): a figure (see error_bars.py) with, under "real", that of real images in the
         place of the samples, the best that can be expected.
     bits: details of the variational bounds, "train" and "held_out".
@@ -84,7 +84,7 @@ class Measurement:
 def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, sampler: str | None = None,
                  steps: int | None = None, guidance: float = 1.0, guide: str | None = None, seed: int = 0,
                  batch_size: int = 64) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Draw samples, uint8 [num_samples, 3, S, S]; also return the sampler, steps, seed, guidance and guide.
+    """Draw samples, uint8 [num_samples, 3, S, S]; also return how: the sampler, steps, seed and guidance.
 
     A model with types gets the labels of random training images, so that the samples have the types of the data.
 
@@ -120,7 +120,8 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
                 callback=lambda *_: bar.update(),
             )
             batches.append(to_uint8(images))
-    return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance, guide=guide)
+    return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance, guide=guide,
+                                    built_in_guidance=pipeline.built_in_guidance)
 
 
 def sample_labels(data: EvaluationData, count: int, seed: int) -> torch.Tensor | None:

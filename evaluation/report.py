@@ -225,6 +225,8 @@ def write_report(measurements: Sequence[Measurement], data: EvaluationData, fold
 
 
 def _guidance(sampling: dict[str, Any]) -> str:
+    if sampling["built_in_guidance"] != 1:
+        return f", guidance {sampling['built_in_guidance']:g} built in by its training"
     return f", guidance {sampling['guidance']:g} ({sampling['guide']})" if sampling["guide"] else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -293,12 +294,13 @@ def test_guidance_that_is_built_in_is_not_given_again(capsys):
     assert read_settings("outputs/generated.png")["guidance"] == 3
 
 
-def test_it_is_evaluated_as_it_is_drawn(teacher_folder, capsys):
-    assert call(train, *tuning(teacher_folder)) == 0
+def test_it_is_evaluated_as_it_is_drawn_and_the_report_says_so(guided_folder):
+    assert call(train, *tuning(guided_folder), "--teacher_guidance", 2) == 0
     flags = ["--checkpoint", "checkpoints/final_model.pt", "--num_samples", 8, "--num_likelihood", 2, "--num_guided", 0,
              "--likelihood_steps", 2, "--device", "cpu"]
     assert call(evaluate, *flags) == 0
-    assert "consistency" in Path("outputs/evaluation/report.json").read_text()
+    summary = json.loads(Path("outputs/evaluation/report.json").read_text())["summary"]
+    assert "Drawn by consistency in 2 steps, guidance 2 built in by its training." in summary
 
 
 def test_the_scheduler_of_a_tuned_model_needs_no_thousand_timesteps():
