@@ -266,7 +266,7 @@ def sample(model: Callable[..., torch.Tensor], scheduler: NoiseScheduler, x_T: t
     if unknown := options.keys() - set(chosen.options):
         raise ValueError(f"sampler {sampler} has no option {', '.join(sorted(unknown))}")
     path = _path(scheduler.num_timesteps, start, steps, chosen.timesteps, timesteps)
-    network = _guided(model, worse, x_T, labels, guidance)
+    network = guided(model, worse, x_T, labels, guidance)
     draw_noise = draw_noise or (lambda: torch.randn_like(x_T))
 
     x_t, now, previous = x_T, path[0][0], None
@@ -310,9 +310,9 @@ def _path(num_timesteps: int, start: int | None, steps: int | None, space: Calla
     return list(zip(timesteps, timesteps[1:] + [-1]))
 
 
-def _guided(model: Callable, worse: Callable | None, x_T: torch.Tensor, labels: torch.Tensor | None, guidance: float
-            ) -> Callable:
-    """Return (x_t, t) -> output, with labels and guidance bound."""
+def guided(model: Callable, worse: Callable | None, x_T: torch.Tensor, labels: torch.Tensor | None, guidance: float
+           ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return (x_t, t) -> output, with labels and guidance bound; the arguments are those of `sample`."""
     if not math.isfinite(guidance):
         raise ValueError(f"guidance must be a finite number, not {guidance}")
     if guidance != 1 and labels is None and worse is None:

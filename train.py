@@ -218,8 +218,9 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
 
     # Loss, optimizer and step.
     total_steps = Timetable(config, len(run_images.dataset)).total_steps
-    loss = make_loss(config, scheduler, space, precision, make_teacher(config, net, start, checkpoint))
-    optimizer = torch.optim.Adam(net.parameters(), **adam_options(config.lr, device))
+    loss = make_loss(config, scheduler, space, precision, net, make_teacher(config, net, start, checkpoint))
+    trained = torch.nn.ModuleList([net, loss.critic] if config.objective == CONSISTENCY else [net])
+    optimizer = torch.optim.Adam(trained.parameters(), **adam_options(config.lr, device))
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps,
                         guide_step=math.ceil(config.guide_at * total_steps))
 
@@ -253,15 +254,15 @@ def make_teacher(config: Config, net: UNet, start: Pipeline | None, checkpoint: 
     return Teacher(copy.deepcopy(net), config.teacher_guidance, worse)
 
 
-def make_loss(config: Config, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace, precision: str,
+def make_loss(config: Config, scheduler: NoiseScheduler, space: PixelSpace | LatentSpace, precision: str, net: UNet,
               teacher: Teacher | None) -> DiffusionLoss:
-    """Return the loss that the settings name."""
+    """Return the loss that the settings name; its critic, if it has one, starts as a copy of the network."""
     common = dict(augment=config.augment, prediction=config.prediction, loss_weighting=config.loss_weighting,
                   label_dropout=config.label_dropout, lognormal=config.lognormal)
     if teacher is None:
         return DiffusionLoss(scheduler, space, config.image_size, precision, **common)
     return ConsistencyLoss(scheduler, space, config.image_size, precision, **common, teacher=teacher,
-                           teacher_steps=config.teacher_steps, jumps=config.sample_steps)
+                           critic=copy.deepcopy(net), teacher_steps=config.teacher_steps, jumps=config.sample_steps)
 
 
 def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:

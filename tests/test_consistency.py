@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from gaussian import MEAN, STD, exact, exact_consistency, flow, law, seeded_noise, start
+from gaussian import MEAN, STD, exact_consistency, flow, law, seeded_noise, start
 from test_theory import section, table_after
 
 from forward_diffusion import SCHEDULES, NoiseScheduler
@@ -14,7 +17,8 @@ from models.exact import GaussianDenoiser
 from models.space import PixelSpace
 from reverse_diffusion import SAMPLERS, consistency_timesteps, sample
 from training.augment import AUGMENT_DIM
-from training.consistency import ConsistencyLoss, Teacher
+from training.consistency import PATH_WEIGHT, ConsistencyLoss, Teacher
+from training.loss import to_x_0
 from unet import UNet, UNetConfig
 
 COSINE = NoiseScheduler(schedule="cosine")
@@ -27,17 +31,25 @@ class AnyRange(PixelSpace):
     latent_range = math.inf
 
 
-class Exact(torch.nn.Module):
-    """The optimal network of the Gaussian pixels, as a teacher has it."""
+class Optimal(torch.nn.Module):
+    """The optimal denoiser of what an `Affine` network of one jump draws; without a network, of the Gaussian pixels."""
 
-    def forward(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor):
-        return exact(COSINE, "v")(x_t, t)
+    def __init__(self, network: torch.nn.Module | None = None):
+        super().__init__()
+        self.law = [MEAN, STD] if network is None else [network.shift[0], network.w[0]]  # not as its parameters
+
+    def forward(self, x_t, t, labels, augment_labels):
+        mean, std = (x.detach().float() for x in self.law)
+        abar = COSINE.alphas_cumprod[t][:, None, None, None].float()
+        x_0 = mean + abar.sqrt() * std**2 * (x_t - abar.sqrt() * mean) / (abar * std**2 + 1 - abar)
+        return (abar.sqrt() * x_t - x_0) / (1 - abar).sqrt()
 
 
-def make_loss(teacher: torch.nn.Module, scheduler: NoiseScheduler = COSINE, **options) -> ConsistencyLoss:
+def make_loss(teacher: torch.nn.Module, critic: torch.nn.Module | None = None, kind: type = ConsistencyLoss,
+              **options) -> ConsistencyLoss:
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
-    return ConsistencyLoss(scheduler, AnyRange(), 2, "fp32", augment="none", prediction="v", label_dropout=0.0,
-                           teacher=teacher, **options)
+    return kind(COSINE, AnyRange(), 2, "fp32", augment="none", prediction="v", label_dropout=0.0, teacher=teacher,
+                critic=critic or Optimal(), **options)
 
 
 def gaussian_images(number: int = BATCH) -> torch.Tensor:
@@ -45,9 +57,11 @@ def gaussian_images(number: int = BATCH) -> torch.Tensor:
     return (MEAN + STD * start(number, seed=5)).float()[:, None]
 
 
-def randomness(t: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return the randomness of a step with chosen timesteps."""
-    return torch.full((len(t), 8), 0.5), t, start(len(t), seed=6).float(), torch.ones(len(t), 1, dtype=torch.bool)
+def path_error(loss: ConsistencyLoss, network: Callable) -> torch.Tensor:
+    """Return the squared error of a network for where the paths from noised data end."""
+    x_t = COSINE.add_noise(gaussian_images()[:, 0], TIMESTEPS, start(BATCH, seed=6).float())
+    inputs = (x_t, TIMESTEPS, LABELS, torch.zeros(BATCH, AUGMENT_DIM))
+    return (network(*inputs) - loss.path_target(*inputs)).square().mean()
 
 
 TIMESTEPS = torch.tensor(consistency_timesteps(1000, 4)).repeat(BATCH // 4)
@@ -58,14 +72,13 @@ LABELS = torch.zeros(BATCH, 0)
 # Gaussian data
 
 
-def test_the_exact_function_has_no_loss_with_an_exact_teacher():
+def test_the_exact_function_ends_where_an_exact_teacher_leads():
     """To the error of the teacher's steps."""
-    images = gaussian_images()
     right, losses = exact_consistency(COSINE), []
     for steps in (25, 50, 100, 200):
-        loss = make_loss(Exact(), teacher_steps=steps)
-        losses.append(loss(right, images, LABELS, *randomness(TIMESTEPS)).item())
-        wrong = loss(lambda *inputs, **_: 0.9 * right(*inputs), images, LABELS, *randomness(TIMESTEPS))
+        loss = make_loss(Optimal(), teacher_steps=steps)
+        losses.append(path_error(loss, right).item())
+        wrong = path_error(loss, lambda *inputs: 0.9 * right(*inputs))
     assert losses[-1] < 2e-6 < 1e-3 < wrong
     orders = [math.log2(a / b) / 2 for a, b in zip(losses, losses[1:])]  # of the error, whose square the loss is
     assert all(order > 1.4 for order in orders), (losses, orders)
@@ -82,29 +95,55 @@ def test_a_teacher_of_few_steps_leaves_too_little_spread():
         assert cells == [f"{value:.3f}" for value in (variance.sqrt() / STD).flatten().tolist()]
 
 
-def test_training_finds_where_the_paths_end():
-    """A network of one factor and one shift for each jump and pixel."""
-    jumps = consistency_timesteps(1000, 4)
-    weights = torch.nn.Parameter(torch.zeros(2, 4, 2, 2))
-    abar = torch.tensor([COSINE.alpha_bar(u) for u in jumps]).float()[:, None, None, None]
+class Affine(torch.nn.Module):
+    """A network of v that jumps to w x_t + shift, with one w and one shift for each jump and pixel."""
 
-    def network(x_t, t, labels, augment_labels):
-        i = torch.tensor([jumps.index(u) for u in t.tolist()])
-        x_0 = weights[0, i][:, None] * x_t + weights[1, i][:, None]
-        return (abar[i].sqrt() * x_t - x_0) / (1 - abar[i]).sqrt()
+    def __init__(self, jumps: int):
+        super().__init__()
+        self.timesteps = consistency_timesteps(1000, jumps)
+        self.w = torch.nn.Parameter(torch.full((jumps, 2, 2), 0.1))
+        self.shift = torch.nn.Parameter(torch.zeros(jumps, 2, 2))
 
-    loss, optimizer = make_loss(Exact(), teacher_steps=100), torch.optim.Adam([weights], 0.1)
+    def forward(self, x_t, t, labels, augment_labels):
+        i = torch.tensor([self.timesteps.index(u) for u in t.tolist()])
+        abar = COSINE.alphas_cumprod[t][:, None, None, None].float()
+        x_0 = self.w[i][:, None] * x_t + self.shift[i][:, None]
+        return (abar.sqrt() * x_t - x_0) / (1 - abar).sqrt()
+
+
+def train_affine(jumps: int, change: Callable, **options) -> Affine:
+    """Train an `Affine` network, with the randomness of each step changed by `change`."""
+    network = Affine(jumps)
+    loss = make_loss(Optimal(), jumps=jumps, critic=Optimal(network), **options)
+    optimizer = torch.optim.Adam(network.parameters(), 0.1)
     for step in range(300):
-        generator = torch.Generator().manual_seed(step)
-        augment_rand, t, noise, keep_label = loss.draw_randomness(BATCH, generator, step)
+        names = inspect.signature(loss.__call__).parameters
+        drawn = dict(zip([*names][3:], loss.draw_randomness(BATCH, torch.Generator().manual_seed(step), step)))
+        drawn |= {name: drawn[name][..., :1, :2, :2] for name in ("noise", "jump_noise", "level_noise")}
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 300)
         optimizer.zero_grad()
-        loss(network, gaussian_images(), LABELS, augment_rand, t, noise[:, :1, :2, :2], keep_label).backward()
+        loss(network, gaussian_images(), LABELS, **change(drawn)).backward()
         optimizer.step()
+    return network
+
+
+def test_training_finds_where_the_paths_end():
+    """Matching alone leaves open which noise becomes which image; with the paths' loss alone, they are found."""
+    class PathsAlone(ConsistencyLoss):
+        def matching_loss(self, image, *_):
+            return 0 * image.sum()
+
+    network = train_affine(4, lambda drawn: drawn, kind=PathsAlone, teacher_steps=100)
     x_t = start(1)
-    for i, u in enumerate(jumps):
+    for w, shift, u in zip(network.w, network.shift, network.timesteps):
         ends = flow(COSINE, x_t, u, -1)
-        torch.testing.assert_close((weights[0, i] * x_t + weights[1, i]).detach().double(), ends, rtol=0, atol=0.02)
+        torch.testing.assert_close((w * x_t + shift).detach().double(), ends, rtol=0, atol=0.02)
+
+
+def test_distribution_matching_alone_finds_the_law_of_the_data():
+    network = train_affine(1, lambda drawn: drawn | dict(path_weight=torch.zeros(BATCH)))
+    torch.testing.assert_close(network.shift[0].detach().double(), MEAN, rtol=0, atol=0.02)
+    torch.testing.assert_close(network.w[0].detach().abs().double(), STD, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
@@ -176,54 +215,103 @@ def random_net(seed: int = 0, **changes) -> UNet:
 
 @pytest.mark.parametrize("has_worse", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_target_is_what_the_teacher_draws_from_x_t(guidance, has_worse):
+def test_the_end_of_a_path_is_what_the_teacher_draws_from_x_t(guidance, has_worse):
     teacher = Teacher(random_net(), guidance, random_net(seed=1) if has_worse else None)
     loss = make_loss(teacher, teacher_steps=10)
     loss.space.latent_range = 0.4
-    labels, images, inputs = torch.tensor([[1, 0], [0, 0]] * (BATCH // 2)), gaussian_images(), randomness(TIMESTEPS)
-    seen = []
-
-    def student(x_t, t, labels, augment_labels):
-        seen.append((x_t, labels))
-        assert torch.is_grad_enabled()
-        return torch.zeros_like(x_t)
-
-    value = loss(student, images, labels, *inputs)
-    (x_t, their_labels), = seen
-    torch.testing.assert_close(x_t, COSINE.add_noise(images[:, 0], TIMESTEPS, inputs[2]))
-    assert their_labels.equal(labels)
-    errors = []
+    labels, x_t = torch.tensor([[1, 0], [0, 0]] * (BATCH // 2)), start(BATCH).float()
+    target = loss.path_target(x_t, TIMESTEPS, labels, torch.zeros(BATCH, AUGMENT_DIM))
     for u, steps in zip((999, 750, 430, 200), (10, 8, 4, 2)):
         rows, abar = TIMESTEPS == u, COSINE.alpha_bar(u)
         image = sample(teacher.net, COSINE, x_t[rows], sampler="dpm++", prediction="v", labels=labels[rows],
                        guidance=guidance, worse=teacher.worse, clip=0.4, start=u, steps=steps)
         assert image.abs().max() <= 0.4
-        errors.append((abar**0.5 * x_t[rows] - image).square().mean() / (1 - abar))  # v, where the student says 0
-    torch.testing.assert_close(value, torch.stack(errors).mean(), rtol=1e-4, atol=0)
+        torch.testing.assert_close(target[rows], (abar**0.5 * x_t[rows] - image) / (1 - abar) ** 0.5)
 
 
-def test_the_teacher_is_frozen_and_told_the_augmentation():
-    sizes, told = dict(channels=3, augment_dim=AUGMENT_DIM), []
-    teacher, student = Teacher(random_net(**sizes).train(), guidance=2.0), random_net(**sizes)
+@pytest.mark.parametrize("has_worse", [False, True])
+def test_drawn_images_move_by_what_teacher_and_critic_see_differently(has_worse):
+    teacher = Teacher(random_net(), 3.0, random_net(seed=1) if has_worse else None)
+    loss = make_loss(teacher, critic=random_net(seed=2))
+    loss.space.latent_range = 0.4
+    labels = torch.tensor([[1, 0], [0, 1]] * (BATCH // 2))
+    image, noise = (start(BATCH, seed).float() for seed in (0, 1))
+    t = torch.randint(20, 980, (BATCH,), generator=torch.Generator().manual_seed(0))
+    loss.matching_loss(image.requires_grad_(), t, noise, labels, torch.zeros(BATCH, AUGMENT_DIM)).backward()
+    x_t = COSINE.add_noise(image.detach(), t, noise)
+    with torch.no_grad():
+        output = teacher.net(x_t, t, labels)
+        worse = teacher.worse(x_t, t, labels) if has_worse else teacher.net(x_t, t, 0 * labels)
+        wanted = COSINE.to_x_0("v", worse + 3 * (output - worse), x_t, t).clamp(-0.4, 0.4)
+        found = COSINE.to_x_0("v", loss.critic(x_t, t, labels), x_t, t).clamp(-0.4, 0.4)
+    distance = (wanted - image.detach()).abs().mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(image.grad, (found - wanted) / distance / image.numel())
+    assert all(weight.grad is None for weight in (*teacher.parameters(), *loss.critic.parameters()))
+
+
+def test_where_teacher_and_critic_agree_nothing_moves():
+    loss, image = make_loss(Optimal()), start(BATCH).float().requires_grad_()
+    t = torch.full((BATCH,), 300)
+    loss.matching_loss(image, t, start(BATCH, 1).float(), LABELS, LABELS).backward()
+    assert not image.grad.any()
+
+
+def test_images_are_drawn_as_the_sampler_draws_them():
+    """To each jump's timestep, with the same noise."""
+    net, loss = random_net(), make_loss(Optimal())
+    loss.space.latent_range = 0.4
+    labels = torch.tensor([[1, 0]] * 4)
+    jump_noise = torch.randn(4, 4, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    visited, rest = [jump_noise[:, 0]], iter(jump_noise.unbind(1)[1:])
+    sample(net, COSINE, jump_noise[:, 0], sampler="consistency", prediction="v", steps=4, labels=labels, clip=0.4,
+           draw_noise=lambda: next(rest), callback=lambda i, x_t, x_0: visited.append(x_t))
+    for number, t in enumerate(loss.timesteps):
+        x_t = loss.before_last_jump(net, torch.full((4,), t), jump_noise, labels, torch.zeros(4, AUGMENT_DIM))
+        torch.testing.assert_close(x_t, visited[number])
+    mixed = loss.before_last_jump(net, torch.tensor(loss.timesteps), jump_noise, labels, torch.zeros(4, AUGMENT_DIM))
+    torch.testing.assert_close(mixed, torch.stack([visited[i][i] for i in range(4)]))
+
+
+def test_each_of_the_three_losses_trains_what_it_should():
+    """The critic learns from drawn images alone, the network from all but the critic's error, the teacher nothing."""
+    sizes = dict(channels=3, augment_dim=AUGMENT_DIM)
+    net, critic, teacher = random_net(**sizes), random_net(3, **sizes), Teacher(random_net(**sizes).train(), 2.0)
     assert not teacher.net.training and not any(weight.requires_grad for weight in teacher.parameters())
-    for net in (teacher.net, student):
-        net.register_forward_pre_hook(lambda module, inputs, options: told.append(options["augment_labels"]),
-                                      with_kwargs=True)
-    loss = make_loss(teacher, teacher_steps=1)
-    loss.augment = "full"
+    loss = make_loss(teacher, critic, teacher_steps=1)
+    loss.image_size, loss.augment, labels = 8, "full", torch.tensor([[1, 0]] * 8)
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    augment_rand = torch.rand(8, 8, generator=torch.Generator().manual_seed(1))
-    t, labels = TIMESTEPS[:8], torch.tensor([[1, 0]] * 8)
-    loss(student, images, labels, augment_rand, t, torch.zeros(8, 3, 8, 8), torch.ones(8, 1)).backward()
-    whole, *parts = told
-    assert len(parts) == 4 and len(whole.unique(dim=0)) == 8
-    assert all(part.equal(whole[t == u].repeat(2, 1)) for part, u in zip(parts, (999, 750, 430, 200)))
+    drawn = loss.draw_randomness(8, torch.Generator().manual_seed(0), 0)
+    loss(net, images, labels, *drawn).backward()
+    gradients = [weight.grad.clone() for weight in critic.parameters()]
     assert all(weight.grad is None for weight in teacher.parameters())
+    assert all(weight.grad.any() for weight in net.parameters())
+
+    # The critic's: denoising of what the network draws, told the labels and the augmentation.
+    _, augment_labels = to_x_0(images, drawn[0], "full", loss.space, "fp32")
+    assert len(augment_labels.unique(dim=0)) > 4
+    t, keep_label, jump_noise, levels, level_noise = drawn[1], drawn[3], *drawn[5:]
+    with torch.no_grad():
+        x_t = loss.before_last_jump(net, t, jump_noise, labels * keep_label, augment_labels)
+        output = net(x_t, t, labels * keep_label, augment_labels=augment_labels)
+    image = COSINE.to_x_0("v", output, x_t, t)
+    critic.zero_grad()
+    x_t, target = (f(image, levels[:, 0], level_noise[:, 0]) for f in (COSINE.add_noise, partial(COSINE.target, "v")))
+    output = critic(x_t, levels[:, 0], labels * keep_label, augment_labels=augment_labels)
+    (output - target).square().mean().backward()
+    for weight, gradient in zip(critic.parameters(), gradients):
+        torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size, with_path", [(16, 4), (18, 5), (2, 1), (1, 1)])
+def test_a_quarter_of_the_images_has_a_path_and_its_weight_is_kept(batch_size, with_path):
+    weights = make_loss(Optimal()).draw_randomness(batch_size, torch.Generator().manual_seed(0), 0)[4]
+    assert (weights > 0).sum() == with_path
+    assert weights.mean().item() == pytest.approx(PATH_WEIGHT)
 
 
 @pytest.mark.parametrize("batch_size, jumps", [(64, 4), (6, 4), (2, 4), (3, 1)])
 def test_timesteps_take_turns(batch_size, jumps):
-    loss = make_loss(Exact(), jumps=jumps)
+    loss = make_loss(Optimal(), jumps=jumps)
     drawn = []
     for step in range(8):
         t = loss.draw_randomness(batch_size, torch.Generator().manual_seed(step), step)[1]

@@ -1,4 +1,4 @@
-"""Tuning to few steps: a trained model learns to jump to the image that it would draw. The loss; checks of settings.
+"""Tuning to few steps: a trained model learns to draw in a few jumps what it draws now. The loss; checks of settings.
 
     python train.py --objective consistency --init checkpoints/final_model.pt ...       # see docs/few_steps.md
 """
@@ -10,15 +10,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models.pipeline import Pipeline
-from reverse_diffusion import SAMPLERS, consistency_timesteps, sample
-from training.loss import DiffusionLoss
+from reverse_diffusion import SAMPLERS, consistency_timesteps, guided, sample
+from training.loss import DiffusionLoss, draw_timesteps, to_x_0
 from utils.device import autocast
 
 CONSISTENCY = "consistency"
 OBJECTIVES = ("denoising", CONSISTENCY)
+
+PATH_FRACTION = 1 / 4  # of the images, whose paths are followed to their ends: most of the cost of a step
+PATH_WEIGHT = 1 / 4  # of their loss. With a weight of 1 images are less sharp, with 0 they become ever fewer
+MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024)
 
 
 class Teacher(nn.Module):
@@ -38,35 +43,132 @@ class Teacher(nn.Module):
 
 @dataclass
 class ConsistencyLoss(DiffusionLoss):
-    """The denoising loss, for the image that a teacher draws from x_t instead of the one that x_t was made of.
+    """What tunes a network to draw in a few jumps: distribution matching, the ends of paths, and a critic's own loss.
 
-    The sampler is deterministic, so the network learns a function of x_t: where its path ends (Luhman & Luhman 2021,
-    from pure noise; Song et al. 2023 call it the consistency function). Only the timesteps from which the sampler
-    `consistency` jumps are trained.
+    *Distribution matching* (Yin et al. 2024): the network draws an image, noise is put on it, and two others predict
+    the image from that: the teacher, who knows what the data are like, and the critic, who knows what the network
+    draws. Where they differ, the network draws too much or too little of something, and the image moves by the
+    difference. *Ends of paths* (Luhman & Luhman 2021): to where a deterministic sampler of the teacher leads from x_t,
+    the network is to jump at once; without this, it would draw ever fewer images. *The critic* learns to denoise what
+    the network draws.
 
     Attributes:
-        teacher: draws by dpm++, with its guidance.
-        teacher_steps: of that from the last timestep; in proportion fewer from others, at least one.
+        teacher: what it draws is to be drawn in few jumps, with its guidance.
+        critic: a copy of the network, to be trained with it.
+        teacher_steps: steps of dpm++ that lead to the end of a path from the last timestep; in proportion fewer from
+            others, at least one.
         jumps: number of timesteps, those of `consistency_timesteps`.
     """
 
     teacher: Teacher = field(kw_only=True)
+    critic: nn.Module = field(kw_only=True)
     teacher_steps: int = 8
     jumps: int = 4
 
     def __post_init__(self):
         self.timesteps = consistency_timesteps(self.scheduler.num_timesteps, self.jumps)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # randomness
+
+    def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
+        """Draw what the denoising loss needs, and more.
+
+        Returns:
+            augment_rand, t, noise and keep_label, see `DiffusionLoss`.
+            path_weight: [B], of the loss for ends of paths; 0 for images without it, whose paths are not followed.
+            jump_noise: [B, jumps, C, H, W]: pure noise, and what is put on after each jump but the last.
+            levels: timesteps [B, 2], to which the noise on drawn images belongs that the critic learns from, and that
+                teacher and critic judge.
+            level_noise: [B, 2, C, H, W], that noise.
+        """
+        augment_rand, t, noise, keep_label = super().draw_randomness(batch_size, generator, step)
+        options = dict(generator=generator, device=generator.device)
+        with_path = torch.randperm(batch_size, **options) < PATH_FRACTION * batch_size
+        path_weight = PATH_WEIGHT * with_path / with_path.float().mean()
+        jump_noise = torch.randn(batch_size, self.jumps, *noise.shape[1:], **options)
+        T = self.scheduler.num_timesteps
+        low, high = (round(T * end) for end in MATCHED)
+        levels = torch.stack([draw_timesteps(batch_size, T, generator),
+                              low + draw_timesteps(batch_size, max(1, high - low), generator)], dim=1)
+        level_noise = torch.randn(batch_size, 2, *noise.shape[1:], **options)
+        return augment_rand, t, noise, keep_label, path_weight, jump_noise, levels, level_noise
+
     def draw_timesteps(self, batch_size: int, generator: torch.Generator, step: int) -> torch.Tensor:
         """Return timesteps [B] that take turns, over the images and over the steps."""
         turns = (torch.arange(batch_size) + step) % self.jumps
         return torch.tensor(self.timesteps)[turns].to(generator.device)
 
+    # -----------------------------------------------------------------------------------------------------------------
+    # the loss
+
+    def __call__(self, net: nn.Module, images: torch.Tensor, labels: torch.Tensor, augment_rand: torch.Tensor,
+                 t: torch.Tensor, noise: torch.Tensor, keep_label: torch.Tensor, path_weight: torch.Tensor,
+                 jump_noise: torch.Tensor, levels: torch.Tensor, level_noise: torch.Tensor) -> torch.Tensor:
+        """Return the sum of the three losses; images and labels as in `DiffusionLoss`, the rest of `draw_randomness`.
+
+        The images of the data are where paths begin; images are drawn with their labels and augmentation, from noise.
+        """
+        x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
+        known = (labels * keep_label, augment_labels)
+        with_path = path_weight > 0
+        path = [x[with_path] for x in (self.scheduler.add_noise(x_0, t, noise), t, *known)]
+
+        # One pass of the network, for drawn images and for paths.
+        drawn = [self.before_last_jump(net, t, jump_noise, *known), t, *known]
+        x_t, both_t, both_labels, both_augment_labels = (torch.cat(parts) for parts in zip(drawn, path))
+        with autocast(x_t.device, self.precision):
+            output = net(x_t, both_t, both_labels, augment_labels=both_augment_labels).float()
+        output, path_output = output.split([len(t), len(path[0])])
+        image = self.scheduler.to_x_0(self.prediction, output, drawn[0], t)
+
+        matching = self.matching_loss(image, levels[:, 1], level_noise[:, 1], *known)
+        critic = self.error(self.critic, image.detach(), levels[:, 0], level_noise[:, 0], *known).mean()
+        path_error = F.mse_loss(path_output, self.path_target(*path), reduction="none").mean(dim=(1, 2, 3))
+        return matching + critic + (path_weight[with_path] * path_error).sum() / len(t)
+
     @torch.no_grad()
-    def what_to_predict(self, x_0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
-                        labels: torch.Tensor, augment_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the teacher's image, and the noise that x_t then has."""
-        image, clip = torch.empty_like(x_0), self.space.latent_range
+    def before_last_jump(self, net: nn.Module, t: torch.Tensor, jump_noise: torch.Tensor, labels: torch.Tensor,
+                         augment_labels: torch.Tensor) -> torch.Tensor:
+        """Return x_t as the sampler `consistency` comes to it, from pure noise by the jumps above t."""
+        x_t = jump_noise[:, 0].clone()
+        for number, (u, lower) in enumerate(zip(self.timesteps, self.timesteps[1:]), 1):
+            rows = t < u
+            if not rows.any():
+                break
+            u = torch.full_like(t[rows], u)
+            with autocast(x_t.device, self.precision):
+                output = net(x_t[rows], u, labels[rows], augment_labels=augment_labels[rows]).float()
+            image = self.clamp(self.scheduler.to_x_0(self.prediction, output, x_t[rows], u))
+            x_t[rows] = self.scheduler.add_noise(image, lower, jump_noise[rows, number])
+        return x_t
+
+    def matching_loss(self, image: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor,
+                      augment_labels: torch.Tensor) -> torch.Tensor:
+        """Return a loss whose gradient moves drawn images to where the teacher sees more of the data (theory, (51)).
+
+        Args:
+            image: drawn by the network, with its gradient.
+            t, noise: what is put on it, to be judged.
+        """
+        with torch.no_grad():
+            x_t = self.scheduler.add_noise(image, t, noise)
+            net, worse = (net and _told(net, augment_labels) for net in (self.teacher.net, self.teacher.worse))
+            teacher = guided(net, worse, x_t, labels, self.teacher.guidance)
+            critic = guided(_told(self.critic, augment_labels), None, x_t, labels, 1.0)
+            with autocast(x_t.device, self.precision):
+                wanted, found = (self.clamp(self.scheduler.to_x_0(self.prediction, network(x_t, t).float(), x_t, t))
+                                 for network in (teacher, critic))
+            # By the teacher's distance to the image, so that all timesteps weigh alike.
+            distance = (wanted - image).abs().mean(dim=(1, 2, 3), keepdim=True)
+            difference = (found - wanted) / distance.clamp(min=1e-3)
+        return F.mse_loss(image, image.detach() - difference) / 2
+
+    @torch.no_grad()
+    def path_target(self, x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, augment_labels: torch.Tensor
+                    ) -> torch.Tensor:
+        """Return what the network should predict at x_t to jump to the image that the teacher draws from there."""
+        image = torch.empty_like(x_t)
         for u in self.timesteps:
             rows = t == u
             if not rows.any():
@@ -76,8 +178,12 @@ class ConsistencyLoss(DiffusionLoss):
             with autocast(x_t.device, self.precision):
                 image[rows] = sample(net, self.scheduler, x_t[rows], sampler="dpm++", steps=steps, start=u,
                                      prediction=self.prediction, labels=labels[rows], guidance=self.teacher.guidance,
-                                     worse=worse, clip=clip)
-        return image, self.scheduler.to_eps(image, x_t, t)
+                                     worse=worse, clip=self.space.latent_range)
+        return self.scheduler.target(self.prediction, image, t, self.scheduler.to_eps(image, x_t, t))
+
+    def clamp(self, image: torch.Tensor) -> torch.Tensor:
+        """Clamp as samplers do."""
+        return image.clamp(-self.space.latent_range, self.space.latent_range)
 
 
 def _told(net: nn.Module, augment_labels: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -121,8 +227,8 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
 
 def _check_resumed(config: Any, checkpoint: dict[str, Any]) -> None:
     """Raise ValueError for a tuning that cannot be continued, or not with these settings."""
-    teacher, jumps = checkpoint.get("teacher"), checkpoint["config"]["sample_steps"]
-    if not isinstance(teacher, dict) or not any(name.startswith("net.") for name in teacher):
+    jumps = checkpoint["config"]["sample_steps"]
+    if "critic" not in checkpoint:
         raise ValueError("this tuning was begun by a version of PokeDiff that tuned in another way: start a new one")
     if config.sample_steps != jumps:
         raise ValueError(f"--sample_steps {config.sample_steps} would tune other timesteps: this tuning is to {jumps} "

@@ -89,7 +89,8 @@ class DistEnv:
         """Return the network with gradients that are averaged over all processes."""
         if self.world_size == 1:
             return net
-        return DistributedDataParallel(net, gradient_as_bucket_view=True)
+        # Buffers are the same everywhere; sending them would ask all processes for the same number of passes.
+        return DistributedDataParallel(net, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def mean(self, x: torch.Tensor) -> torch.Tensor:
         """Return the mean of x over all processes, on its device, without waiting for it."""

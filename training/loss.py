@@ -4,8 +4,8 @@
     randomness = loss.draw_randomness(16, generator, step=0)   # augmentation, timesteps, noise, label dropout
     value = loss(net, images, labels, *randomness)             # scalar
 
-All losses have these two methods, so the training step does not distinguish them; ConsistencyLoss, which has another
-image predicted, is in training/consistency.py.
+All losses have these two methods, so the training step does not distinguish them; ConsistencyLoss, which tunes a model
+to few steps, is in training/consistency.py.
 """
 
 from __future__ import annotations
@@ -64,19 +64,17 @@ class DiffusionLoss:
             labels: multi-hot [B, K].
         """
         x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
-        labels = labels * keep_label
+        error = self.error(net, x_0, t, noise, labels * keep_label, augment_labels)
+        return (error * self.scheduler.loss_weight(self.loss_weighting, self.prediction, t)).mean()
+
+    def error(self, net: nn.Module, x_0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor,
+              augment_labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean squared error [B] of the prediction for each image."""
         x_t = self.scheduler.add_noise(x_0, t, noise)
         with autocast(x_t.device, self.precision):
             output = net(x_t, t, labels, augment_labels=augment_labels)
-        x_0, noise = self.what_to_predict(x_0, noise, x_t, t, labels, augment_labels)
         target = self.scheduler.target(self.prediction, x_0, t, noise)
-        error = F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
-        return (error * self.scheduler.loss_weight(self.loss_weighting, self.prediction, t)).mean()
-
-    def what_to_predict(self, x_0: torch.Tensor, noise: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor,
-                        labels: torch.Tensor, augment_labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the image and the noise to be predicted; x_t consists of both."""
-        return x_0, noise
+        return F.mse_loss(output.float(), target, reduction="none").mean(dim=(1, 2, 3))
 
 
 def to_x_0(images: torch.Tensor, augment_rand: torch.Tensor, mode: str, space: PixelSpace | LatentSpace,

@@ -77,6 +77,7 @@ class TrainingStep:
         earlier: the EMA as it was after `guide_step` steps, for guidance; None until then.
         ddp: the network with gradients averaged over processes; from `begin` on.
         net: `ddp`, compiled if `compile` succeeded; from `begin` on.
+        teacher, critic: of a loss that has them, see training/consistency.py; the critic is trained as well.
     """
 
     def __init__(self, net: nn.Module, loss: Any, optimizer: torch.optim.Optimizer, config: TrainingConfig,
@@ -94,13 +95,14 @@ class TrainingStep:
         self.generator = torch.Generator(device)
         self.has_dropout = any(isinstance(part, nn.Dropout) and part.p > 0 for part in net.modules())
         self.teacher: nn.Module | None = getattr(loss, "teacher", None)
+        self.critic: nn.Module | None = getattr(loss, "critic", None)
         self._choose_how_to_run()
 
     # -----------------------------------------------------------------------------------------------------------------
     # before the first step
 
     def load_state(self, path: str | Path, checkpoint: dict[str, Any]) -> None:
-        """Restore network, EMA, optimizer, scaler, stats and a teacher from the latest.pt at `path`.
+        """Restore network, EMA, optimizer, scaler, stats, teacher and critic from the latest.pt at `path`.
 
         Raises:
             CheckpointError: if they do not fit, or a weight is not finite.
@@ -113,6 +115,7 @@ class TrainingStep:
                 self.earlier.load_state_dict(checkpoint["earlier"])
             if self.teacher is not None:
                 self.teacher.load_state_dict(checkpoint["teacher"])
+                self.critic.load_state_dict(checkpoint["critic"])
             _load_adam(self.optimizer, checkpoint["optimizer"]["state"])
             if self.scaler.is_enabled() and checkpoint["scaler"]:  # else this run or the one before needs none
                 self.scaler.load_state_dict(checkpoint["scaler"])
@@ -120,14 +123,16 @@ class TrainingStep:
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise CheckpointError(f"{path} does not fit the network that its own settings describe; choose another "
                                   f"file") from error
-        check_finite(path, *(net for net in (self.raw_net, self.ema, self.earlier, self.teacher) if net is not None))
+        networks = (self.raw_net, self.ema, self.earlier, self.teacher, self.critic)
+        check_finite(path, *(net for net in networks if net is not None))
 
     def state(self) -> dict[str, Any]:
         """Return what `load_state` restores, less the EMA."""
         state = dict(model=self.raw_net.state_dict(), optimizer=self.optimizer.state_dict(),
                      scaler=self.scaler.state_dict(), stats=asdict(self.stats()))
-        # A run must not depend on the file that its teacher came from.
-        return state if self.teacher is None else state | dict(teacher=self.teacher.state_dict())
+        if self.teacher is not None:  # a run must not depend on the file that its teacher came from
+            state |= dict(teacher=self.teacher.state_dict(), critic=self.critic.state_dict())
+        return state
 
     def ema_state(self) -> dict[str, Any]:
         """Return the EMA, and the earlier one, as every checkpoint holds them."""
@@ -139,6 +144,10 @@ class TrainingStep:
         self.net = self.ddp = self.dist.wrap(self.raw_net)
         self.weights, self.ema_weights = list(self.raw_net.parameters()), list(self.ema.parameters())
         self.raw_net.train()
+        self.trained = self.weights
+        if self.critic is not None:
+            self.loss.critic = self.dist.wrap(self.critic.train())
+            self.trained = [*self.weights, *self.critic.parameters()]
 
     def compile(self, images: torch.Tensor, labels: torch.Tensor) -> bool:
         """Compile the network for batches of such images and labels.
@@ -147,7 +156,7 @@ class TrainingStep:
         """
         print("compiling the network, which takes a minute or two")
         self.net = torch.compile(self.ddp)
-        self.ddp.require_backward_grad_sync = False  # each process tries alone
+        self._meet_in_backward(False)  # each process tries alone
         try:  # forward and backward, so that what cannot be compiled is known now
             count = (self.rank_slice.stop - self.rank_slice.start) // self.config.grad_accum
             images, labels = (x[:1].to(self.device).repeat(count, *[1] * (x.ndim - 1)) for x in (images, labels))
@@ -207,7 +216,7 @@ class TrainingStep:
             if self.has_dropout:  # drawn inside the network, and therefore part by part
                 torch.manual_seed(seed_from(self.config.seed, self.number, self.rank_slice.start, part,
                                             stream="dropout"))
-            self.ddp.require_backward_grad_sync = part == num_parts - 1  # the processes meet at the last part
+            self._meet_in_backward(part == num_parts - 1)
             part_loss = self.loss(self.net, *inputs) / num_parts
             self.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
@@ -215,7 +224,7 @@ class TrainingStep:
         # Adam. A step whose loss or gradient is not finite changes nothing. That is decided on the device, where fused
         # Adam and the EMA look at `finite`; asking for its value here would make the host wait.
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.clip_grad)
+        norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad)
         loss = self.dist.mean(loss)
         finite = torch.isfinite(loss + norm)
         skip = 1 - finite.float()
@@ -233,6 +242,11 @@ class TrainingStep:
             loss_sum, skipped, in_a_row, _ = self._stats
             self._stats.copy_(torch.stack([loss_sum + loss.where(finite, 0), skipped + skip, (in_a_row + 1) * skip,
                                            loss]))
+
+    def _meet_in_backward(self, value: bool) -> None:
+        """Set whether the processes average their gradients in the next backward pass."""
+        for net in (self.ddp, *([] if self.critic is None else [self.loss.critic])):
+            net.require_backward_grad_sync = value
 
     def stats(self) -> Stats:
         """Read the stats; this waits for the device."""
