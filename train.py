@@ -68,15 +68,15 @@ class Config(TrainingConfig):
     fixed_augmentations: int = setting(0, "rotations and colour jitters that are made of each image once, before the "
                                           "training, and encoded; for latents with --augment full, to make steps "
                                           "faster; 0: new ones in each step", least=0)
-    init: str = setting("", "start from the EMA weights of this checkpoint of the same architecture (default: random "
-                            "weights)")
+    init: str = setting("", "start from the EMA weights of this checkpoint of the same architecture, or of one with "
+                            "fewer --blocks, whose function is kept (default: random weights)")
     objective: str = setting("denoising", "consistency: tune the model of --init, which predicts v, to draw in "
                                           "--sample_steps jumps, with --sampler consistency", OBJECTIVES)
     teacher_steps: int = setting(8, "consistency: steps in which the model of --init, kept as it is, draws the images "
-                                    "that the jumps are to lead to", above=0)
-    teacher_guidance: float = setting(0.0, "consistency: guidance scale of the model of --init as it draws them, which "
-                                           "is then built in: away from its earlier network (--guide_at) if it has "
-                                           "one, else by types; 0: as it draws by default", least=0)
+                                    "at the ends of paths", above=0)
+    teacher_guidance: float = setting(0.0, "consistency: guidance scale of the model of --init as it draws and judges, "
+                                           "which is then built in: away from its earlier network (--guide_at) if it "
+                                           "has one, else by types; 0: as it draws by default", least=0)
     width: int = setting(64, "channels at the network's first level")
     multipliers: tuple[int, ...] = setting((), "of the width, one per level (default: those of unet.LEVELS for the "
                                                "image size; 1 2 4 8 for 64 pixels)")
@@ -101,7 +101,7 @@ class Config(TrainingConfig):
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
     sample_steps: int = setting(50, "network passes for a sample grid; with consistency: the jumps to tune to, "
-                                    "4 unless given", above=0)
+                                    "2 unless given", above=0)
     guidance: float = setting(1.0, "guidance scale of the sample grids (1 = off)")
     guide_at: float = setting(0.0, "keep the EMA as it is after this fraction of the training, as 0.3: "
                                    "guidance then goes away from it (autoguidance), with types or without; 0: do not",
@@ -137,12 +137,13 @@ PRESETS = {
     ),
 }
 
-# The quick preset's model, tuned to draw in four jumps, or in two.
+# The quick preset's model, tuned to draw in two jumps.
 PRESETS["few_steps"] = PRESETS["quick"] | dict(
-    objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", epochs=6, lr=1e-3, sample_every=3,
+    objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", epochs=4, lr=5e-4, ema_decay=0.99,
+    sample_every=2,
 )
 # Settings that go with another one, unless flags say otherwise.
-IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=4, lognormal=(),
+IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, lognormal=(),
                                             loss_weighting="uniform", guidance=1.0, guide_at=0.0)}
 
 # The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
@@ -210,7 +211,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     net = UNet(replace(unet_config, num_types=len(class_names)))
     if start:
         check_same_network(config, start, net, scheduler, space, class_names)
-        net.load_state_dict(start.net.state_dict())
+        net.load_shallower(start.net)
     net = net.to(device, memory_format=memory_format(device, training=True))
     net.grad_checkpoint = config.grad_checkpoint
     print(f"network    {count_parameters(net):,} parameters, predicting {config.prediction} on the {config.schedule} "
@@ -219,8 +220,7 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
     # Loss, optimizer and step.
     total_steps = Timetable(config, len(run_images.dataset)).total_steps
     loss = make_loss(config, scheduler, space, precision, net, make_teacher(config, net, start, checkpoint))
-    trained = torch.nn.ModuleList([net, loss.critic] if config.objective == CONSISTENCY else [net])
-    optimizer = torch.optim.Adam(trained.parameters(), **adam_options(config.lr, device))
+    optimizer = torch.optim.Adam(loss.parameter_groups(net), **adam_options(config.lr, device))
     step = TrainingStep(net, loss, optimizer, config, device, precision, dist, total_steps,
                         guide_step=math.ceil(config.guide_at * total_steps))
 
@@ -374,8 +374,9 @@ def check_same_network(config: Config, start: Pipeline, net: UNet, scheduler: No
     """Raise ValueError if the weights of --init mean something else than this network's would."""
     ours = dict(size=net.config, types=tuple(class_names), prediction=config.prediction, schedule=scheduler.config(),
                 autoencoder=space.fingerprint())
-    theirs = dict(size=replace(start.net.config, dropout=net.config.dropout), types=start.class_names,
-                  prediction=start.prediction, schedule=start.scheduler.config(), autoencoder=start.space.fingerprint())
+    size = replace(start.net.config, dropout=net.config.dropout, blocks=max(start.net.config.blocks, net.config.blocks))
+    theirs = dict(size=size, types=start.class_names, prediction=start.prediction, schedule=start.scheduler.config(),
+                  autoencoder=start.space.fingerprint())
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
         raise ValueError(f"--init {config.init} is of another network, which differs in its {' and '.join(different)}; "

@@ -193,6 +193,27 @@ class UNet(nn.Module):
 
         return self.conv_out(F.silu(self.norm_out(h)))
 
+    @torch.no_grad()
+    def load_shallower(self, other: UNet) -> None:
+        """Take over the function of a network that has the same sizes, and at most as many blocks per level.
+
+        In each level the blocks that it lacks come after its own in the encoder, and after its first in the decoder,
+        and start as shortcuts: what they get, less the skip connection, they pass on.
+        """
+        added, weights = self.config.blocks - other.config.blocks, self.state_dict()
+        for name, weight in other.state_dict().items():
+            part, *place = name.split(".")
+            if part == "up" and int(place[1]) > 0:
+                place[1] = str(int(place[1]) + added)
+            weights[".".join([part, *place])] = weight
+        self.load_state_dict(weights)
+        for down, up in zip(self.down, self.up):
+            for block in [*down[len(down) - added:], *up[1:1 + added]]:
+                nn.init.zeros_(block.conv_2.weight)
+                nn.init.zeros_(block.conv_2.bias)
+                if isinstance(block.shortcut, nn.Conv2d):
+                    nn.init.dirac_(block.shortcut.weight)
+
     def run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         """Return block(*inputs), keeping only the inputs for the backward pass if `grad_checkpoint` is set."""
         if not (self.grad_checkpoint and self.training):

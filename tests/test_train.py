@@ -365,9 +365,11 @@ def test_init_starts_from_the_ema_of_another_run(final, capsys):
     there, here = load_checkpoint(final)["ema"], load_checkpoint("checkpoints/final_model.pt")
     assert here["network"]["config"]["dropout"] == 0.2
     assert all(torch.allclose(there[name], here["ema"][name], atol=1e-9) for name in there)
+    assert call(train, *TINY, "--init", final, "--blocks", 2, "--max_steps", 2, "--run_name", "deeper") == 0
     capsys.readouterr()
-    others = {"size": ["--width", 16], "types": ["--labels", "none"], "prediction": ["--prediction", "v"],
+    others = {"size": ["--width", 16], "size ": ["--init", "checkpoints/deeper/final_model.pt"],
+              "types": ["--labels", "none"], "prediction": ["--prediction", "v"],
               "schedule": ["--schedule", "cosine"], "its schedule": ["--timesteps", 40]}
     for word, flags in others.items():
         code = call(train, *TINY, "--init", final, "--run_name", "other", *flags)
-        assert_one_line(code, capsys, "--init", str(final), "of another network", word)
+        assert_one_line(code, capsys, "--init", "of another network", word.strip())

@@ -18,7 +18,7 @@ import generate
 import train
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline
-from training.consistency import ConsistencyLoss
+from training.consistency import BETAS, CRITIC_RATE, ConsistencyLoss
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.images import read_settings
 
@@ -82,6 +82,9 @@ def test_a_resumed_tuning_is_the_uninterrupted_one(folder, more, tmp_path, reque
     assert same(ours["teacher"], {f"{name}.{key}": x for name, net in networks.items() for key, x in net.items()})
     assert not same(ours["ema"], start["ema"])
     assert ours["config"]["teacher_guidance"] == (2 if "--teacher_guidance" in more else 3)
+    network, critic = ours["optimizer"]["param_groups"]
+    assert critic["lr"] == CRITIC_RATE * ours["config"]["lr"] and network["betas"] == BETAS != critic["betas"]
+    assert not same(ours["critic"], networks["net"])
     assert Path("outputs/generated_epoch_0003.png").read_bytes() == Path(
         "outputs/whole/generated_epoch_0003.png").read_bytes()
 
@@ -129,7 +132,7 @@ def test_what_the_objective_implies(teacher_folder):
     for preset in ("latents", "maker"):  # one with min-SNR weights, the other with guidance and log-normal timesteps
         assert call(train, "--preset", preset, "--run_name", preset, *flags) == 0
         config = load_checkpoint(f"checkpoints/{preset}/final_model.pt")["config"]
-        assert (config["sampler"], config["sample_steps"], config["loss_weighting"]) == ("consistency", 4, "uniform")
+        assert (config["sampler"], config["sample_steps"], config["loss_weighting"]) == ("consistency", 2, "uniform")
         assert (config["lognormal"], config["guidance"], config["guide_at"]) == ((), 1.0, 0.0)
 
 

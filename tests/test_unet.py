@@ -229,6 +229,19 @@ def network_of_three_classes() -> UNet:
     return model
 
 
+@pytest.mark.parametrize("blocks, more", [(1, 2), (2, 4), (2, 2)])
+def test_a_deeper_network_takes_over_the_function_of_a_shallower_one(blocks, more):
+    sizes = (SMALL | dict(blocks=number, num_types=2) for number in (blocks, more))
+    shallow, deep = (randomised(UNet(UNetConfig(**size))) for size in sizes)
+    deep.load_shallower(shallow)
+    inputs = (noise(3, 3, 16, 16), torch.tensor([0, 5, 900]), torch.tensor([[1.0, 0], [0, 0], [1, 1]]))
+    torch.testing.assert_close(deep(*inputs), shallow(*inputs))
+    deep(*inputs).square().mean().backward()
+    new = [block for level in (*deep.down, *deep.up) for block in level if not block.conv_2.weight.any()]
+    assert len(new) == 2 * len(deep.down) * (more - blocks)
+    assert all(block.conv_2.weight.grad.any() for block in new)
+
+
 def test_classes_are_a_set_and_zeros_are_unconditional():
     model = network_of_three_classes()
     x, t = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((4,), 50)

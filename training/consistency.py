@@ -23,6 +23,8 @@ OBJECTIVES = ("denoising", CONSISTENCY)
 
 PATH_FRACTION = 1 / 4  # of the images, whose paths are followed to their ends: most of the cost of a step
 PATH_WEIGHT = 1 / 4  # of their loss. With a weight of 1 images are less sharp, with 0 they become ever fewer
+CRITIC_RATE = 2.0  # learning rate of the critic in units of the network's highest; it does not fall with that
+BETAS = (0.5, 0.999)  # of Adam for the network: less momentum than the usual 0.9, with which images are less sharp
 MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024)
 
 
@@ -67,6 +69,10 @@ class ConsistencyLoss(DiffusionLoss):
 
     def __post_init__(self):
         self.timesteps = consistency_timesteps(self.scheduler.num_timesteps, self.jumps)
+
+    def parameter_groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        """Return the network, whose target moves, and the critic, which has to keep up with it to the end."""
+        return [dict(params=net.parameters(), betas=BETAS), dict(params=self.critic.parameters(), rate=CRITIC_RATE)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # randomness

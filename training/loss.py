@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,10 @@ class DiffusionLoss:
     loss_weighting: str = "uniform"
     label_dropout: float = 0.1
     lognormal: tuple[float, ...] = ()
+
+    def parameter_groups(self, net: nn.Module) -> list[dict[str, Any]]:
+        """Return what Adam is to train, with settings of its own; "rate": constant, in units of the highest rate."""
+        return [dict(params=net.parameters())]
 
     def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
         """Draw, for each image, the augmentation [B, 8], timestep [B], noise [B, C, H, W] and keep_label [B, 1]."""

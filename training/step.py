@@ -90,6 +90,8 @@ class TrainingStep:
         warnings.filterwarnings("ignore", message=".*capturable=True.*")  # about steps made before the recording
         # float16 has no room for small gradients: the scaler multiplies the loss as far as nothing overflows.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        for group in optimizer.param_groups:  # which share one tensor, where the rate is one
+            group["lr"] = copy.deepcopy(group["lr"])
         self._stats = torch.zeros(4, device=device)  # the fields of Stats, kept on the device
         self.rank_slice = dist.rank_slice(config.batch_size, config.grad_accum)
         self.generator = torch.Generator(device)
@@ -195,7 +197,8 @@ class TrainingStep:
         randomness = self.loss.draw_randomness(config.batch_size, generator, number)
         rate = learning_rate(config, number, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], torch.Tensor) else rate
+            group_rate = config.lr * group["rate"] if "rate" in group else rate
+            group["lr"] = group["lr"].fill_(group_rate) if isinstance(group["lr"], torch.Tensor) else group_rate
         # EMA warm-up: with the full decay the average would stay near the random start.
         ema_beta = min(config.ema_decay, (1 + number) / (10 + number))
         self.number = number
