@@ -151,7 +151,7 @@ SAMPLERS: dict[str, Sampler] = {
     "ddim": Sampler(ddim_step, 50, True, ("eta",), "deterministic, first order (Song et al. 2021)"),
     "dpm++": Sampler(dpm_solver_step, 20, True, (), "deterministic, second order (Lu et al. 2022)"),
     "sde-dpm++": Sampler(sde_dpm_solver_step, 20, False, (), "with noise, second order (Lu et al. 2022)"),
-    "consistency": Sampler(consistency_step, 4, False, (), "few jumps, for a network that was tuned to them (Song et "
+    "consistency": Sampler(consistency_step, 2, False, (), "few jumps, for a network that was tuned to them (Song et "
                            "al. 2023)", consistency_timesteps, tuned=True),
 }
 

@@ -1,7 +1,7 @@
 """Train a diffusion model on a folder of images.
 
     python train.py --preset quick                       # creatures in minutes, on a CPU, from nothing
-    python train.py --preset few_steps                   # tune that model to draw in four steps
+    python train.py --preset few_steps                   # tune that model to draw in two steps
     python train.py --preset maker --data my_images      # 128 x 128, from a few hundred images; hours on a CPU
     python train.py                                      # the reference model on data/pokemon_jpg/, for a GPU
     python train.py --data my_images --image_size 32     # your own folder
@@ -139,8 +139,8 @@ PRESETS = {
 
 # The quick preset's model, tuned to draw in two jumps.
 PRESETS["few_steps"] = PRESETS["quick"] | dict(
-    objective=CONSISTENCY, init="checkpoints/final_model.pt", run_name="few_steps", epochs=4, lr=5e-4, ema_decay=0.99,
-    sample_every=2,
+    objective=CONSISTENCY, teacher_guidance=1.5, init="checkpoints/final_model.pt", run_name="few_steps", epochs=4,
+    lr=5e-4, ema_decay=0.99, sample_every=2,
 )
 # Settings that go with another one, unless flags say otherwise.
 IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, lognormal=(),
@@ -250,7 +250,7 @@ def make_teacher(config: Config, net: UNet, start: Pipeline | None, checkpoint: 
                  any(name.startswith("worse.") for name in checkpoint["teacher"]))
     worse = copy.deepcopy(net) if has_worse else None
     if start and worse:
-        worse.load_state_dict(start.earlier.state_dict())
+        worse.load_shallower(start.earlier)
     return Teacher(copy.deepcopy(net), config.teacher_guidance, worse)
 
 
@@ -261,8 +261,12 @@ def make_loss(config: Config, scheduler: NoiseScheduler, space: PixelSpace | Lat
                   label_dropout=config.label_dropout, lognormal=config.lognormal)
     if teacher is None:
         return DiffusionLoss(scheduler, space, config.image_size, precision, **common)
-    return ConsistencyLoss(scheduler, space, config.image_size, precision, **common, teacher=teacher,
-                           critic=copy.deepcopy(net), teacher_steps=config.teacher_steps, jumps=config.sample_steps)
+    critic = copy.deepcopy(net)
+    for part in critic.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0  # what it sees would differ from what the teacher sees by dropout alone
+    return ConsistencyLoss(scheduler, space, config.image_size, precision, **common, teacher=teacher, critic=critic,
+                           teacher_steps=config.teacher_steps, jumps=config.sample_steps)
 
 
 def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:

@@ -46,10 +46,10 @@ class Optimal(torch.nn.Module):
 
 
 def make_loss(teacher: torch.nn.Module, critic: torch.nn.Module | None = None, kind: type = ConsistencyLoss,
-              **options) -> ConsistencyLoss:
+              jumps: int = 4, **options) -> ConsistencyLoss:
     teacher = teacher if isinstance(teacher, Teacher) else Teacher(teacher)
     return kind(COSINE, AnyRange(), 2, "fp32", augment="none", prediction="v", label_dropout=0.0, teacher=teacher,
-                critic=critic or Optimal(), **options)
+                critic=critic or Optimal(), jumps=jumps, **options)
 
 
 def gaussian_images(number: int = BATCH) -> torch.Tensor:
@@ -213,6 +213,15 @@ def random_net(seed: int = 0, **changes) -> UNet:
     return net
 
 
+AUGMENT_LABELS = 2 * torch.rand(BATCH, AUGMENT_DIM, generator=torch.Generator().manual_seed(0)) - 1
+
+
+def told_twice(net: UNet, augment_labels: torch.Tensor, x_t: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+    """Call a network with an augmentation for each image; guidance by types asks for each image twice."""
+    both = torch.cat([augment_labels, augment_labels]) if len(x_t) > len(augment_labels) else augment_labels
+    return net(x_t, *inputs, augment_labels=both)
+
+
 @pytest.mark.parametrize("has_worse", [False, True])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_the_end_of_a_path_is_what_the_teacher_draws_from_x_t(guidance, has_worse):
@@ -220,11 +229,13 @@ def test_the_end_of_a_path_is_what_the_teacher_draws_from_x_t(guidance, has_wors
     loss = make_loss(teacher, teacher_steps=10)
     loss.space.latent_range = 0.4
     labels, x_t = torch.tensor([[1, 0], [0, 0]] * (BATCH // 2)), start(BATCH).float()
-    target = loss.path_target(x_t, TIMESTEPS, labels, torch.zeros(BATCH, AUGMENT_DIM))
+    target = loss.path_target(x_t, TIMESTEPS, labels, AUGMENT_LABELS)
     for u, steps in zip((999, 750, 430, 200), (10, 8, 4, 2)):
         rows, abar = TIMESTEPS == u, COSINE.alpha_bar(u)
-        image = sample(teacher.net, COSINE, x_t[rows], sampler="dpm++", prediction="v", labels=labels[rows],
-                       guidance=guidance, worse=teacher.worse, clip=0.4, start=u, steps=steps)
+        net, worse = (network and partial(told_twice, network, AUGMENT_LABELS[rows])
+                      for network in (teacher.net, teacher.worse))
+        image = sample(net, COSINE, x_t[rows], sampler="dpm++", prediction="v", labels=labels[rows],
+                       guidance=guidance, worse=worse, clip=0.4, start=u, steps=steps)
         assert image.abs().max() <= 0.4
         torch.testing.assert_close(target[rows], (abar**0.5 * x_t[rows] - image) / (1 - abar) ** 0.5)
 
@@ -237,15 +248,16 @@ def test_drawn_images_move_by_what_teacher_and_critic_see_differently(has_worse)
     labels = torch.tensor([[1, 0], [0, 1]] * (BATCH // 2))
     image, noise = (start(BATCH, seed).float() for seed in (0, 1))
     t = torch.randint(20, 980, (BATCH,), generator=torch.Generator().manual_seed(0))
-    loss.matching_loss(image.requires_grad_(), t, noise, labels, torch.zeros(BATCH, AUGMENT_DIM)).backward()
+    loss.matching_loss(image.requires_grad_(), t, noise, labels, AUGMENT_LABELS).backward()
+    told = dict(augment_labels=AUGMENT_LABELS)
     x_t = COSINE.add_noise(image.detach(), t, noise)
     with torch.no_grad():
-        output = teacher.net(x_t, t, labels)
-        worse = teacher.worse(x_t, t, labels) if has_worse else teacher.net(x_t, t, 0 * labels)
-        wanted = COSINE.to_x_0("v", worse + 3 * (output - worse), x_t, t).clamp(-0.4, 0.4)
-        found = COSINE.to_x_0("v", loss.critic(x_t, t, labels), x_t, t).clamp(-0.4, 0.4)
-    distance = (wanted - image.detach()).abs().mean(dim=(1, 2, 3), keepdim=True)
-    torch.testing.assert_close(image.grad, (found - wanted) / distance / image.numel())
+        output = teacher.net(x_t, t, labels, **told)
+        worse = teacher.worse(x_t, t, labels, **told) if has_worse else teacher.net(x_t, t, 0 * labels, **told)
+        teacher_x_0 = COSINE.to_x_0("v", worse + 3 * (output - worse), x_t, t).clamp(-0.4, 0.4)
+        critic_x_0 = COSINE.to_x_0("v", loss.critic(x_t, t, labels, **told), x_t, t).clamp(-0.4, 0.4)
+    distance = (teacher_x_0 - image.detach()).abs().mean(dim=(1, 2, 3), keepdim=True)
+    torch.testing.assert_close(image.grad, (critic_x_0 - teacher_x_0) / distance / image.numel())
     assert all(weight.grad is None for weight in (*teacher.parameters(), *loss.critic.parameters()))
 
 
@@ -281,13 +293,14 @@ def test_each_of_the_three_losses_trains_what_it_should():
     loss.image_size, loss.augment, labels = 8, "full", torch.tensor([[1, 0]] * 8)
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     drawn = loss.draw_randomness(8, torch.Generator().manual_seed(0), 0)
-    loss(net, images, labels, *drawn).backward()
+    value = loss(net, images, labels, *drawn)
+    value.backward()
     gradients = [weight.grad.clone() for weight in critic.parameters()]
     assert all(weight.grad is None for weight in teacher.parameters())
     assert all(weight.grad.any() for weight in net.parameters())
 
     # The critic's: denoising of what the network draws, told the labels and the augmentation.
-    _, augment_labels = to_x_0(images, drawn[0], "full", loss.space, "fp32")
+    x_0, augment_labels = to_x_0(images, drawn[0], "full", loss.space, "fp32")
     assert len(augment_labels.unique(dim=0)) > 4
     t, keep_label, jump_noise, levels, level_noise = drawn[1], drawn[3], *drawn[5:]
     with torch.no_grad():
@@ -298,8 +311,18 @@ def test_each_of_the_three_losses_trains_what_it_should():
     x_t, target = (f(image, levels[:, 0], level_noise[:, 0]) for f in (COSINE.add_noise, partial(COSINE.target, "v")))
     output = critic(x_t, levels[:, 0], labels * keep_label, augment_labels=augment_labels)
     (output - target).square().mean().backward()
+    critic_loss = (output - target).square().mean()
     for weight, gradient in zip(critic.parameters(), gradients):
         torch.testing.assert_close(weight.grad, gradient, rtol=1e-4, atol=1e-6)
+
+    # Their sum, in which few images have a path.
+    known, noise, path_weight = (labels * keep_label, augment_labels), drawn[2], drawn[4]
+    matching_loss = loss.matching_loss(image, levels[:, 1], level_noise[:, 1], *known)
+    path_x_t = COSINE.add_noise(x_0, t, noise)
+    output = net(path_x_t, t, known[0], augment_labels=augment_labels)
+    path_error = (output - loss.path_target(path_x_t, t, *known)).square().mean(dim=(1, 2, 3))
+    path_loss = (path_weight * path_error).mean()
+    torch.testing.assert_close(value, matching_loss + critic_loss + path_loss, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("batch_size, with_path", [(16, 4), (18, 5), (2, 1), (1, 1)])

@@ -222,7 +222,7 @@ def test_a_sampler_without_steps_takes_its_own_number(net):
     assert [pipeline.choose_sampler(name) for name in SAMPLERS if not SAMPLERS[name].tuned] == [
         ("ddpm", 1000), ("ddim", 50), ("dpm++", 20), ("sde-dpm++", 20)]
     tuned = make_pipeline(net, objective="consistency", sampler="consistency", sample_steps=4)
-    assert tuned.choose_sampler("consistency") == ("consistency", 4) and tuned.default_sampler == ("consistency", 4)
+    assert tuned.choose_sampler("consistency") == ("consistency", 2) and tuned.default_sampler == ("consistency", 4)
     short = make_pipeline(net, scheduler=NoiseScheduler(30), sampler="ddpm", sample_steps=9)
     assert short.choose_sampler("ddim") == ("ddim", 30) and short.choose_sampler("ddpm") == ("ddpm", 30)
     assert short.grid_sampler == ("ddpm", 9) and make_pipeline(net).grid_sampler == ("ddim", 50)

@@ -18,7 +18,8 @@ import generate
 import train
 from forward_diffusion import NoiseScheduler
 from models.pipeline import Pipeline
-from training.consistency import BETAS, CRITIC_RATE, ConsistencyLoss
+from training.consistency import CRITIC_RATE, NETWORK_BETAS, ConsistencyLoss
+from training.step import TrainingStep
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.images import read_settings
 
@@ -76,17 +77,26 @@ def test_a_resumed_tuning_is_the_uninterrupted_one(folder, more, tmp_path, reque
     assert_same_run(ours, whole)
     assert [float(row["loss"]) for row in metrics()] == [row["loss"] for row in whole["history"]]
     final = load_checkpoint("checkpoints/final_model.pt")
-    assert same(final["ema"], whole["ema"]) and "teacher" not in final
+    assert same(final["ema"], whole["ema"]) and not {"teacher", "critic"} & final.keys()
     start = load_checkpoint(teacher_folder / "checkpoints/final_model.pt")
     networks = dict(net=start["ema"]) | (dict(worse=start["earlier"]) if "earlier" in start else {})
     assert same(ours["teacher"], {f"{name}.{key}": x for name, net in networks.items() for key, x in net.items()})
     assert not same(ours["ema"], start["ema"])
     assert ours["config"]["teacher_guidance"] == (2 if "--teacher_guidance" in more else 3)
     network, critic = ours["optimizer"]["param_groups"]
-    assert critic["lr"] == CRITIC_RATE * ours["config"]["lr"] and network["betas"] == BETAS != critic["betas"]
+    assert critic["lr"] == CRITIC_RATE * ours["config"]["lr"] and network["betas"] == NETWORK_BETAS != critic["betas"]
     assert not same(ours["critic"], networks["net"])
     assert Path("outputs/generated_epoch_0003.png").read_bytes() == Path(
         "outputs/whole/generated_epoch_0003.png").read_bytes()
+
+
+def test_a_network_can_become_deeper_and_the_critic_has_no_dropout(guided_folder, monkeypatch):
+    steps = []
+    monkeypatch.setattr(train, "TrainingStep", lambda *inputs, **options: steps.append(
+        TrainingStep(*inputs, **options)) or steps[0])
+    assert call(train, *tuning(guided_folder), "--blocks", 2, "--dropout", 0.5, "--max_steps", 1) == 0
+    parts = [part for part in steps[0].critic.modules() if isinstance(part, torch.nn.Dropout)]
+    assert parts and all(part.p == 0 for part in parts)
 
 
 def test_two_processes_have_the_losses_of_one(teacher_folder):
@@ -121,7 +131,8 @@ def test_a_step_that_is_not_finite_is_skipped(teacher_folder, monkeypatch):
     monkeypatch.setattr(ConsistencyLoss, "draw_randomness", spoiled)
     assert call(train, *tuning(teacher_folder)) == 0
     assert steps == list(range(6)) and [row["skipped"] for row in metrics()] == ["0", "1", "0"]
-    assert all(weight.isfinite().all() for weight in load_checkpoint("checkpoints/final_model.pt")["ema"].values())
+    latest = load_checkpoint("checkpoints/latest.pt")
+    assert all(weight.isfinite().all() for name in ("model", "ema", "critic") for weight in latest[name].values())
 
 
 def test_what_the_objective_implies(teacher_folder):

@@ -128,7 +128,7 @@ def test_a_tuned_model_is_drawn_by_its_own_sampler_alone(run):
     tuned = MODEL | dict(sampler=dict(name="consistency", steps=4), samplers=["consistency"])
     models = [tuned, tuned | dict(sampler=dict(name="ddim", steps=50)), MODEL | dict(sampler=tuned["sampler"]), MODEL,
               tuned | dict(samplers=["new", "consistency"]), MODEL | dict(samplers=["new"]), tuned | dict(timesteps=3)]
-    assert run("samplers", models) == [["consistency", 4, 8], ["consistency", 4, 8], ["sde-dpm++", 20, 100],
+    assert run("samplers", models) == [["consistency", 4, 8], ["consistency", 2, 8], ["sde-dpm++", 20, 100],
                                        ["sde-dpm++", 20, 100], ["consistency", 4, 8], ["sde-dpm++", 20, 100],
                                        ["consistency", 3, 3]]
     (link,) = run("links", dict(model=tuned, hashes=["#steps=20"]))

@@ -3,8 +3,8 @@
     python -m tools.plot_consistency --tuned checkpoints/few_steps/final_model.pt
 
 The path is that of ddim with the model before tuning, with the guidance that the tuning built in. Its prediction is a
-mean, blurred where there is much noise; that of the tuned model should be where the path ends, at each of the timesteps
-that it was tuned for. Writes outputs/consistency.png.
+mean, blurred where there is much noise; that of the tuned model should be a sharp image, near the one at which the path
+ends. Writes outputs/consistency.png.
 """
 
 from __future__ import annotations

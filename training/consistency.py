@@ -21,11 +21,11 @@ from utils.device import autocast
 CONSISTENCY = "consistency"
 OBJECTIVES = ("denoising", CONSISTENCY)
 
-PATH_FRACTION = 1 / 4  # of the images, whose paths are followed to their ends: most of the cost of a step
-PATH_WEIGHT = 1 / 4  # of their loss. With a weight of 1 images are less sharp, with 0 they become ever fewer
+PATH_FRACTION = 1 / 4  # of the images have their paths followed; for all, that would be half the cost of a step
+PATH_WEIGHT = 1 / 4  # of their loss. With a weight of 1 images are less sharp, with 0 modes collapse
 CRITIC_RATE = 2.0  # learning rate of the critic in units of the network's highest; it does not fall with that
-BETAS = (0.5, 0.999)  # of Adam for the network: less momentum than the usual 0.9, with which images are less sharp
-MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024)
+NETWORK_BETAS = (0.5, 0.999)  # of Adam for the network: less momentum than the usual 0.9, with which images are less sharp
+MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024a)
 
 
 class Teacher(nn.Module):
@@ -42,16 +42,20 @@ class Teacher(nn.Module):
         self.net, self.guidance, self.worse = net, guidance, worse
         self.eval().requires_grad_(False)
 
+    def with_augmentation(self, augment_labels: torch.Tensor) -> tuple[Callable[..., torch.Tensor] | None, ...]:
+        """Return `net` and `worse` with the augmentation bound."""
+        return with_augmentation(self.net, augment_labels), self.worse and with_augmentation(self.worse, augment_labels)
+
 
 @dataclass
 class ConsistencyLoss(DiffusionLoss):
     """What tunes a network to draw in a few jumps: distribution matching, the ends of paths, and a critic's own loss.
 
-    *Distribution matching* (Yin et al. 2024): the network draws an image, noise is put on it, and two others predict
+    *Distribution matching* (Yin et al. 2024a): the network draws an image, noise is put on it, and two others predict
     the image from that: the teacher, who knows what the data are like, and the critic, who knows what the network
     draws. Where they differ, the network draws too much or too little of something, and the image moves by the
     difference. *Ends of paths* (Luhman & Luhman 2021): to where a deterministic sampler of the teacher leads from x_t,
-    the network is to jump at once; without this, it would draw ever fewer images. *The critic* learns to denoise what
+    the network is to jump at once; this keeps it from mode collapse. *The critic* learns to denoise what
     the network draws.
 
     Attributes:
@@ -65,14 +69,15 @@ class ConsistencyLoss(DiffusionLoss):
     teacher: Teacher = field(kw_only=True)
     critic: nn.Module = field(kw_only=True)
     teacher_steps: int = 8
-    jumps: int = 4
+    jumps: int = 2
 
     def __post_init__(self):
         self.timesteps = consistency_timesteps(self.scheduler.num_timesteps, self.jumps)
 
     def parameter_groups(self, net: nn.Module) -> list[dict[str, Any]]:
         """Return the network, whose target moves, and the critic, which has to keep up with it to the end."""
-        return [dict(params=net.parameters(), betas=BETAS), dict(params=self.critic.parameters(), rate=CRITIC_RATE)]
+        return [dict(params=net.parameters(), betas=NETWORK_BETAS),
+                dict(params=self.critic.parameters(), rate=CRITIC_RATE)]
 
     # -----------------------------------------------------------------------------------------------------------------
     # randomness
@@ -82,7 +87,8 @@ class ConsistencyLoss(DiffusionLoss):
 
         Returns:
             augment_rand, t, noise and keep_label, see `DiffusionLoss`.
-            path_weight: [B], of the loss for ends of paths; 0 for images without it, whose paths are not followed.
+            path_weight: [B], of the loss for ends of paths; 0 for images without it, whose paths are not followed. They
+                are chosen from the whole batch, so a process's part can have none or all of them.
             jump_noise: [B, jumps, C, H, W]: pure noise, and what is put on after each jump but the last.
             levels: timesteps [B, 2], to which the noise on drawn images belongs that the critic learns from, and that
                 teacher and critic judge.
@@ -96,7 +102,7 @@ class ConsistencyLoss(DiffusionLoss):
         T = self.scheduler.num_timesteps
         low, high = (round(T * end) for end in MATCHED)
         levels = torch.stack([draw_timesteps(batch_size, T, generator),
-                              low + draw_timesteps(batch_size, max(1, high - low), generator)], dim=1)
+                              low + draw_timesteps(batch_size, high - low, generator)], dim=1)
         level_noise = torch.randn(batch_size, 2, *noise.shape[1:], **options)
         return augment_rand, t, noise, keep_label, path_weight, jump_noise, levels, level_noise
 
@@ -128,10 +134,10 @@ class ConsistencyLoss(DiffusionLoss):
         output, path_output = output.split([len(t), len(path[0])])
         image = self.scheduler.to_x_0(self.prediction, output, drawn[0], t)
 
-        matching = self.matching_loss(image, levels[:, 1], level_noise[:, 1], *known)
-        critic = self.error(self.critic, image.detach(), levels[:, 0], level_noise[:, 0], *known).mean()
+        matching_loss = self.matching_loss(image, levels[:, 1], level_noise[:, 1], *known)
+        critic_loss = self.error(self.critic, image.detach(), levels[:, 0], level_noise[:, 0], *known).mean()
         path_error = F.mse_loss(path_output, self.path_target(*path), reduction="none").mean(dim=(1, 2, 3))
-        return matching + critic + (path_weight[with_path] * path_error).sum() / len(t)
+        return matching_loss + critic_loss + (path_weight[with_path] * path_error).sum() / len(t)
 
     @torch.no_grad()
     def before_last_jump(self, net: nn.Module, t: torch.Tensor, jump_noise: torch.Tensor, labels: torch.Tensor,
@@ -151,7 +157,7 @@ class ConsistencyLoss(DiffusionLoss):
 
     def matching_loss(self, image: torch.Tensor, t: torch.Tensor, noise: torch.Tensor, labels: torch.Tensor,
                       augment_labels: torch.Tensor) -> torch.Tensor:
-        """Return a loss whose gradient moves drawn images to where the teacher sees more of the data (theory, (51)).
+        """Return a loss whose gradient moves drawn images to where the teacher sees more of the data (theory, eq. 50).
 
         Args:
             image: drawn by the network, with its gradient.
@@ -159,15 +165,15 @@ class ConsistencyLoss(DiffusionLoss):
         """
         with torch.no_grad():
             x_t = self.scheduler.add_noise(image, t, noise)
-            net, worse = (net and _told(net, augment_labels) for net in (self.teacher.net, self.teacher.worse))
-            teacher = guided(net, worse, x_t, labels, self.teacher.guidance)
-            critic = guided(_told(self.critic, augment_labels), None, x_t, labels, 1.0)
+            teacher = guided(*self.teacher.with_augmentation(augment_labels), x_t, labels, self.teacher.guidance)
+            critic = guided(with_augmentation(self.critic, augment_labels), None, x_t, labels, 1.0)
             with autocast(x_t.device, self.precision):
-                wanted, found = (self.clamp(self.scheduler.to_x_0(self.prediction, network(x_t, t).float(), x_t, t))
-                                 for network in (teacher, critic))
+                teacher_x_0, critic_x_0 = (self.scheduler.to_x_0(self.prediction, network(x_t, t).float(), x_t, t)
+                                           for network in (teacher, critic))
+            teacher_x_0, critic_x_0 = self.clamp(teacher_x_0), self.clamp(critic_x_0)
             # By the teacher's distance to the image, so that all timesteps weigh alike.
-            distance = (wanted - image).abs().mean(dim=(1, 2, 3), keepdim=True)
-            difference = (found - wanted) / distance.clamp(min=1e-3)
+            distance = (teacher_x_0 - image).abs().mean(dim=(1, 2, 3), keepdim=True)
+            difference = (critic_x_0 - teacher_x_0) / distance.clamp(min=1e-3)
         return F.mse_loss(image, image.detach() - difference) / 2
 
     @torch.no_grad()
@@ -179,7 +185,7 @@ class ConsistencyLoss(DiffusionLoss):
             rows = t == u
             if not rows.any():
                 continue
-            net, worse = (net and _told(net, augment_labels[rows]) for net in (self.teacher.net, self.teacher.worse))
+            net, worse = self.teacher.with_augmentation(augment_labels[rows])
             steps = max(1, round(self.teacher_steps * (u + 1) / self.scheduler.num_timesteps))
             with autocast(x_t.device, self.precision):
                 image[rows] = sample(net, self.scheduler, x_t[rows], sampler="dpm++", steps=steps, start=u,
@@ -189,10 +195,11 @@ class ConsistencyLoss(DiffusionLoss):
 
     def clamp(self, image: torch.Tensor) -> torch.Tensor:
         """Clamp as samplers do."""
-        return image.clamp(-self.space.latent_range, self.space.latent_range)
+        limit = self.space.latent_range
+        return image.clamp(-limit, limit)
 
 
-def _told(net: nn.Module, augment_labels: torch.Tensor) -> Callable[..., torch.Tensor]:
+def with_augmentation(net: nn.Module, augment_labels: torch.Tensor) -> Callable[..., torch.Tensor]:
     """Return `net` as `sample` calls it, with the augmentation bound; guidance by types asks for each image twice."""
     def network(x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return net(x_t, t, labels, augment_labels=augment_labels.repeat(len(x_t) // len(augment_labels), 1))
@@ -234,7 +241,7 @@ def check_objective(config: Any, checkpoint: dict[str, Any] | None) -> None:
 def _check_resumed(config: Any, checkpoint: dict[str, Any]) -> None:
     """Raise ValueError for a tuning that cannot be continued, or not with these settings."""
     jumps = checkpoint["config"]["sample_steps"]
-    if "critic" not in checkpoint:
+    if not {"teacher", "critic"} <= checkpoint.keys():
         raise ValueError("this tuning was begun by a version of PokeDiff that tuned in another way: start a new one")
     if config.sample_steps != jumps:
         raise ValueError(f"--sample_steps {config.sample_steps} would tune other timesteps: this tuning is to {jumps} "

@@ -4,8 +4,8 @@
     randomness = loss.draw_randomness(16, generator, step=0)   # augmentation, timesteps, noise, label dropout
     value = loss(net, images, labels, *randomness)             # scalar
 
-All losses have these two methods, so the training step does not distinguish them; ConsistencyLoss, which tunes a model
-to few steps, is in training/consistency.py.
+All losses have these two methods, so the training step does not distinguish them, and those of train.py
+`parameter_groups`; ConsistencyLoss, which tunes a model to few steps, is in training/consistency.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DiffusionLoss:
     lognormal: tuple[float, ...] = ()
 
     def parameter_groups(self, net: nn.Module) -> list[dict[str, Any]]:
-        """Return what Adam is to train, with settings of its own; "rate": constant, in units of the highest rate."""
+        """Return Adam's parameter groups. One with "rate" has that multiple of `config.lr`, which does not change."""
         return [dict(params=net.parameters())]
 
     def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:

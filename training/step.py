@@ -90,7 +90,7 @@ class TrainingStep:
         warnings.filterwarnings("ignore", message=".*capturable=True.*")  # about steps made before the recording
         # float16 has no room for small gradients: the scaler multiplies the loss as far as nothing overflows.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        for group in optimizer.param_groups:  # which share one tensor, where the rate is one
+        for group in optimizer.param_groups:  # on CUDA the rate is a tensor, which all groups would share
             group["lr"] = copy.deepcopy(group["lr"])
         self._stats = torch.zeros(4, device=device)  # the fields of Stats, kept on the device
         self.rank_slice = dist.rank_slice(config.batch_size, config.grad_accum)
@@ -227,6 +227,7 @@ class TrainingStep:
         # Adam. A step whose loss or gradient is not finite changes nothing. That is decided on the device, where fused
         # Adam and the EMA look at `finite`; asking for its value here would make the host wait.
         self.scaler.unscale_(self.optimizer)
+        # One norm for network and critic: a step that is too large for one of them is made smaller for both.
         norm = nn.utils.clip_grad_norm_(self.trained, self.config.clip_grad)
         loss = self.dist.mean(loss)
         finite = torch.isfinite(loss + norm)

@@ -15,7 +15,7 @@ import { Noise, ln } from "./random.js";
  */
 export const SAMPLERS = {
   "sde-dpm++": { step: sdeDpmSolverStep, timesteps: trailingTimesteps, steps: 20, mostSteps: 100, tuned: false },
-  consistency: { step: consistencyStep, timesteps: consistencyTimesteps, steps: 4, mostSteps: 8, tuned: true },
+  consistency: { step: consistencyStep, timesteps: consistencyTimesteps, steps: 2, mostSteps: 8, tuned: true },
 };
 export const DEFAULT_SAMPLER = "sde-dpm++";
 
