@@ -24,7 +24,7 @@ OBJECTIVES = ("denoising", CONSISTENCY)
 PATH_FRACTION = 1 / 4  # of the images have their paths followed; for all, that would be half the cost of a step
 PATH_WEIGHT = 1 / 4  # of their loss. With a weight of 1 images are less sharp, with 0 modes collapse
 CRITIC_RATE = 2.0  # learning rate of the critic in units of the network's highest; it does not fall with that
-NETWORK_BETAS = (0.5, 0.999)  # of Adam for the network: less momentum than the usual 0.9, with which images are less sharp
+NETWORK_BETAS = (0.5, 0.999)  # of its Adam; with the usual momentum of 0.9 images are less sharp
 MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024a)
 
 
