@@ -25,7 +25,7 @@ PATH_FRACTION = 1 / 4  # of the images have their paths followed; for all, that 
 PATH_WEIGHT = 1 / 4  # of their loss. With a weight of 1 images are less sharp, with 0 modes collapse
 CRITIC_RATE = 2.0  # learning rate of the critic in units of the network's highest; it does not fall with that
 NETWORK_BETAS = (0.5, 0.999)  # of its Adam; with the usual momentum of 0.9 images are less sharp
-MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024a)
+MATCHED = (0.02, 0.98)  # fractions of T, between which drawn images are judged (Yin et al. 2024)
 
 
 class Teacher(nn.Module):
@@ -51,7 +51,7 @@ class Teacher(nn.Module):
 class ConsistencyLoss(DiffusionLoss):
     """What tunes a network to draw in a few jumps: distribution matching, the ends of paths, and a critic's own loss.
 
-    *Distribution matching* (Yin et al. 2024a): the network draws an image, noise is put on it, and two others predict
+    *Distribution matching* (Yin et al. 2024): the network draws an image, noise is put on it, and two others predict
     the image from that: the teacher, who knows what the data are like, and the critic, who knows what the network
     draws. Where they differ, the network draws too much or too little of something, and the image moves by the
     difference. *Ends of paths* (Luhman & Luhman 2021): to where a deterministic sampler of the teacher leads from x_t,
