@@ -4,7 +4,7 @@
     python generate.py --checkpoint checkpoints/final_model.pt --num_images 64
     python generate.py --types "fire flying" --guidance 3             # types, and how typical of them
     python generate.py --types all                                    # a row per type
-    python generate.py --checkpoint checkpoints/few_steps/final_model.pt --timesteps 999 430 # tuned: in two jumps
+    python generate.py --checkpoint checkpoints/few_steps/final_model.pt           # a tuned model: in two jumps
     python generate.py --gif                                          # also how the images emerge from the noise
     python generate.py --interpolate 3 8                              # from the image of one seed to that of another
     python generate.py --init_image drawing.png --strength 0.6        # from an image of yours
