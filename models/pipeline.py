@@ -31,7 +31,7 @@ BY_EARLIER, BY_TYPES = "earlier", "types"  # guidance away from the network afte
 GUIDES = (BY_EARLIER, BY_TYPES)
 GRID_SAMPLER = ("ddim", 50)  # of sample grids during training, unless the training chose another
 DECODE_BATCH = 16  # images whose latents are decoded at a time
-BUNDLED = ("critters_128.pt", "critters.pt")  # models that come with the repository, the one to show first
+BUNDLED = ("critters_128.pt", "critters_128_fast.pt", "critters.pt")  # in the repository; the first is the default
 
 
 class Pipeline:
