@@ -122,13 +122,13 @@ PRESETS = {
     # The same at 128 x 128, in the latents of `python -m tools.train_autoencoder --preset quick`.
     "latents": dict(
         data="critters", image_size=128, autoencoder="checkpoints/autoencoder/final_model.pt", augment="flip", width=32,
-        multipliers=(1, 2, 4), blocks=1, groups=8, schedule="cosine", prediction="v", loss_weighting="min_snr",
+        multipliers=(1, 2, 4), blocks=1, groups=8, schedule="cosine", prediction="v", lognormal=(0.0, 1.2),
         epochs=45, batch_size=16, lr=2e-3, lr_schedule="cosine", warmup_steps=200, ema_decay=0.999,
-        sampler="sde-dpm++", sample_steps=20, sample_every=15, num_samples=64,
+        sampler="sde-dpm++", sample_steps=20, guide_at=0.25, guidance=3.0, sample_every=15, num_samples=64,
     ),
-    # A few hundred images of one's own at 128 x 128: an autoencoder first (OWN_AUTOENCODER), then a diffusion in its
-    # latents. Its noise levels are those of EDM2 in latents, roughly: more noise than in pixels, where one body and one
-    # colour to it are decided (docs/latents.md, "What was tried").
+    # A few hundred images of one's own at 128 x 128: an autoencoder first, then a diffusion in its latents. The noise
+    # levels in latents are those of EDM2, roughly: more noise than in pixels, where one body and one colour to it are
+    # decided (docs/latents.md, "What was tried").
     "maker": dict(
         image_size=128, autoencoder="own", autoencoder_epochs=22, augment="flip", width=48, multipliers=(1, 2, 4),
         blocks=1, groups=16, label_dropout=0.2, schedule="cosine", prediction="v", lognormal=(0.0, 1.2), epochs=350,
@@ -145,9 +145,6 @@ PRESETS["few_steps"] = PRESETS["quick"] | dict(
 # Settings that go with another one, unless flags say otherwise.
 IMPLIED = {("objective", CONSISTENCY): dict(sampler="consistency", sample_steps=2, lognormal=(),
                                             loss_weighting="uniform", guidance=1.0, guide_at=0.0)}
-
-# The autoencoder of `--autoencoder own`: 6 x 32 x 32 numbers for 3 x 128 x 128, three of them the mean colours.
-OWN_AUTOENCODER = dict(channels=6, mean_colours=True, kl_weight=1e-3, latent_noise=0.4, sample_every=5)
 
 
 def main() -> None:
@@ -274,7 +271,7 @@ def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
     shared = {name: getattr(config, name) for name in (
         "data", "num_critters", "data_seed", "holdout", "splits", "image_size", "augment", "seed", "save_every",
         "log", "workers", "device", "precision", "compile")}
-    own = AutoencoderTrainingConfig(**shared, **OWN_AUTOENCODER, epochs=config.autoencoder_epochs,
+    own = AutoencoderTrainingConfig(**shared, sample_every=5, epochs=config.autoencoder_epochs,
                                     run_name=str(Path(config.run_name, FIRST_STAGE)))
     folder = run_folder("checkpoints", own.run_name)
     if resume and (folder / "final_model.pt").exists():
@@ -291,7 +288,7 @@ def estimate_diffusion(config: Config, dist: DistEnv) -> float:
     """Estimate the seconds of the second stage, from some steps in the latents of an untrained autoencoder."""
     if dist.world_size > 1:  # the processes meet only once, in the first stage
         return 0.0
-    untrained = Autoencoder(AutoencoderTrainingConfig(**OWN_AUTOENCODER).network)
+    untrained = Autoencoder(AutoencoderTrainingConfig().network)
     space = LatentSpace(untrained.eval().requires_grad_(False))
     with contextlib.redirect_stdout(io.StringIO()):
         training = train(replace(config), None, dist, space, loop=time_training)  # a copy: `train` writes into it

@@ -32,7 +32,8 @@ class AutoencoderConfig:
         if min(sizes) < 1 or not self.multipliers:
             raise ValueError(f"every size of the autoencoder must be at least 1: {self}")
         if self.mean_colours and self.channels < 3:
-            raise ValueError(f"mean colours need at least 3 channels, not {self.channels}")
+            raise ValueError(f"mean colours need at least 3 channels, not {self.channels}; "
+                             f"--no-mean_colours does without them")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be normalised in {self.groups} groups; "

@@ -38,6 +38,7 @@ class Settings:
     multipliers: tuple[int, ...] = setting((1, 2, 4), "of the width", above=0)
     ends: tuple[int, int] | None = setting(None, "two seeds", kind=int, count=2, metavar=("A", "B"), least=0)
     gif: bool = setting(False, "also write a GIF")
+    grid: bool = setting(True, "write a grid")
     seed: int = seed_setting("random seed")
     device: str = device_setting()
     precision: str = precision_setting()
@@ -56,9 +57,14 @@ def test_without_flags_every_setting_has_its_default(monkeypatch):
 def test_values_have_the_type_of_their_setting(monkeypatch):
     settings = parsed(monkeypatch, "cat.png", "--count", 3, "--fraction", 1, "--guidance", -2, "--folder", "a/b",
                       "--mode", "none", "--multipliers", 1, 2, "--ends", 5, 7, "--gif", "--seed", 9)
-    assert settings == Settings("cat.png", 3, 1.0, 0.9, -2.0, Path("a/b"), "none", (1, 2), (5, 7), True, 9)
+    assert settings == Settings("cat.png", 3, 1.0, 0.9, -2.0, Path("a/b"), "none", (1, 2), (5, 7), True, seed=9)
     kinds = [type(getattr(settings, name)) for name in ("count", "fraction", "guidance", "folder", "gif", "ends")]
     assert isinstance(settings.folder, Path) and kinds == [int, float, float, type(Path()), bool, tuple]
+
+
+def test_a_switch_that_is_on_can_be_turned_off(monkeypatch):
+    assert parsed(monkeypatch).grid and parsed(monkeypatch, "--grid").grid
+    assert not parsed(monkeypatch, "--no-grid").grid
 
 
 def test_a_positional_setting_may_stand_anywhere(monkeypatch):

@@ -44,15 +44,15 @@ class AutoencoderTrainingConfig(TrainingConfig):
     ema_decay: float = with_default(TrainingConfig, "ema_decay", 0.999)
     run_name: str = setting("autoencoder", "sub-folder of outputs/ and checkpoints/ for this run")
 
-    channels: int = setting(4, "channels of the latents", above=0)
+    channels: int = setting(6, "channels of the latents", above=0)
     width: int = setting(32, "channels at the first level, which has half of the image's resolution", above=0)
     multipliers: tuple[int, ...] = setting((1, 2), "of the width, one per level; each level halves the resolution")
-    mean_colours: bool = setting(False, "let the first three channels be the mean colours of each square of pixels; "
-                                        "three levels or more learn no colours without")
+    mean_colours: bool = setting(True, "let the first three channels be the mean colours of each square of pixels; "
+                                       "three levels or more learn no colours without")
     edge_weight: float = setting(1.0, "weight of the edges beside the colours", least=0)
-    kl_weight: float = setting(5e-3, "weight of the KL divergence of the latents from a standard normal distribution",
+    kl_weight: float = setting(1e-3, "weight of the KL divergence of the latents from a standard normal distribution",
                                least=0)
-    latent_noise: float = setting(0.0, "largest deviation of noise that is added to latents before they are decoded, "
+    latent_noise: float = setting(0.4, "largest deviation of noise that is added to latents before they are decoded, "
                                        "as they would be normalised: the decoder learns to ignore small errors of "
                                        "samples", least=0)
 

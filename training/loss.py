@@ -152,7 +152,7 @@ class AutoencoderLoss:
     precision: str
     augment: str = "full"
     edge_weight: float = 1.0
-    kl_weight: float = 5e-3
+    kl_weight: float = 1e-3
     latent_noise: float = 0.0
 
     def draw_randomness(self, batch_size: int, generator: torch.Generator, step: int) -> tuple[torch.Tensor, ...]:
