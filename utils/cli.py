@@ -84,8 +84,8 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     for declared in fields(settings):
         meta = declared.metadata
         shown = " ".join(map(str, declared.default)) if isinstance(declared.default, tuple) else declared.default
-        text = meta["help"] + (f" (default: {shown})" if shown not in ("", None) and not isinstance(declared.default, bool)
-                               else "")
+        silent = shown in ("", None) or isinstance(declared.default, bool)
+        text = meta["help"] + ("" if silent else f" (default: {shown})")
         options: dict[str, Any] = dict(help=text.replace("%", "%%"))
         if declared.default is False:
             options["action"] = "store_true"
