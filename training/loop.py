@@ -249,8 +249,8 @@ def announce_duration(seconds: float, has_faster_way: bool) -> None:
         words = f"{seconds / 3600:.1f} hours" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
     tqdm.write(f"at this speed, training takes about {words} more")
     if has_faster_way and seconds > 6 * 3600:
-        tqdm.write("this configuration is made for a GPU; on a CPU, `python train.py --preset quick` takes minutes "
-                   "(Ctrl-C stops this run and saves it)")
+        tqdm.write("this configuration is made for a GPU; on a CPU, `--preset quick --data FOLDER` takes minutes, "
+                   "`--preset maker --data FOLDER` hours (Ctrl-C stops this run and saves it)")
 
 
 class Writer:
