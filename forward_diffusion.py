@@ -82,6 +82,7 @@ class NoiseScheduler:
             "signal": alphas_cumprod.sqrt(),
             "noise": (1 - alphas_cumprod).sqrt(),
         }
+        self._tables["log_noise_levels"] = (self._tables["noise"] / self._tables["signal"]).log()
         self._copies: dict[tuple, torch.Tensor] = {}
 
     def config(self) -> dict[str, int | float | str | bool]:
@@ -102,6 +103,10 @@ class NoiseScheduler:
     def snr(self) -> torch.Tensor:
         """Return the signal-to-noise ratio alpha-bar / (1 - alpha-bar), float64 [T] (Kingma et al. 2021)."""
         return (self._tables["signal"] / self._tables["noise"]) ** 2
+
+    def log_noise_levels(self, device: torch.device) -> torch.Tensor:
+        """Return ln(sqrt(1 - alpha-bar_t) / sqrt(alpha-bar_t)) of every timestep, rising, float32 [T]."""
+        return self._copy("log_noise_levels", device, torch.float32)
 
     def add_noise(self, x_0: torch.Tensor, t: torch.Tensor | int, noise: torch.Tensor) -> torch.Tensor:
         """Draw from q(x_t | x_0) in one jump (Ho et al. 2020, eq. 4).
@@ -207,13 +212,18 @@ class NoiseScheduler:
 
         B is 1 for a single integer t.
         """
-        tables = []
-        for name in ("signal", "noise"):
-            key = (name, like.device, like.dtype)
-            if key not in self._copies:  # copy once: the training loop must not wait for the transfer in each step
-                self._copies[key] = self._tables[name].to(like.dtype).to(like.device)
-            tables.append(self._copies[key][t].view(-1, *[1] * (like.dim() - 1)))
-        return tables[0], tables[1]
+        if isinstance(t, int) and not 0 <= t < self.num_timesteps:
+            raise ValueError(f"timestep {t} is outside of 0 ... {self.num_timesteps - 1}")
+        signal, noise = (self._copy(name, like.device, like.dtype)[t].view(-1, *[1] * (like.dim() - 1))
+                         for name in ("signal", "noise"))
+        return signal, noise
+
+    def _copy(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return a table on a device. It is copied once: the training loop must not wait for that in each step."""
+        key = (name, device, dtype)
+        if key not in self._copies:
+            self._copies[key] = self._tables[name].to(dtype).to(device)
+        return self._copies[key]
 
 
 def _cosine_betas(num_timesteps: int, offset: float = 0.008, largest: float = 0.999) -> torch.Tensor:

@@ -304,6 +304,10 @@ def prepare_output(args: Settings, plan: Plan, image_size: int) -> None:
                              f"--num_images")
     if args.individual:
         folder = args.output.with_suffix("")
+        for flag, source in (("--init_image", args.init_image), ("--mask", args.mask)):
+            if source and source.resolve().parent == folder.resolve():
+                raise ValueError(f"--individual writes into {folder}/, where {flag} is, and might overwrite it; give "
+                                 f"another --output")
         folder.mkdir(exist_ok=True)
         others = len(list(folder.glob("*.png")))
         if others:
@@ -319,15 +323,21 @@ def draw(pipeline: Pipeline, plan: Plan, args: Settings, sampler: str, steps: in
          guide: str | None) -> tuple[torch.Tensor, dict[float, list[torch.Tensor]]]:
     """Draw the images, and the frames of the animation: for some steps, the x_t of each batch as uint8."""
     frames: dict[float, list[torch.Tensor]] = {}
+    batch: dict[float, torch.Tensor] = {}  # frames of the batch that is being drawn
     passes = count_passes(plan, steps)
     every = math.ceil(passes / GIF_FRAMES)
     with tqdm(total=passes * math.ceil(len(plan.seeds) / args.batch_size), unit="step", dynamic_ncols=True) as bar:
         def after_step(i: int, x_t: torch.Tensor, x_0: torch.Tensor) -> None:
             bar.update()
+            if i == 0:
+                batch.clear()  # what a batch left that was too large for the memory
             if args.gif and i % every == 0 and i < passes - 1:
                 if pipeline.tuned:  # each jump lands on an image
-                    frames.setdefault(i - 0.5, []).append(to_uint8(pipeline.decode(x_0)))
-                frames.setdefault(i, []).append(to_uint8(pipeline.decode(x_t)))
+                    batch[i - 0.5] = to_uint8(pipeline.decode(x_0))
+                batch[i] = to_uint8(pipeline.decode(x_t))
+            if i == passes - 1:
+                for step, images in batch.items():
+                    frames.setdefault(step, []).append(images)
 
         images = (pipeline.inpaint if plan.inpainting else pipeline.sample)(
             plan.seeds, **plan.inpainting, labels=pipeline.class_labels(plan.types) if any(plan.types) else None,

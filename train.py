@@ -17,6 +17,7 @@ import contextlib
 import copy
 import io
 import math
+import shlex
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -82,7 +83,7 @@ class Config(TrainingConfig):
                                                "image size; 1 2 4 8 for 64 pixels)")
     blocks: int = setting(2, "residual blocks per level")
     groups: int = setting(32, "groups of the group normalisations")
-    dropout: float = setting(0.0, "dropout in the residual blocks, from 0 to 1")
+    dropout: float = setting(0.0, "dropout in the residual blocks; below 1", least=0, below=1)
     grad_checkpoint: bool = setting(False, "compute the network's blocks a second time in the backward pass: less "
                                            "memory, a fifth more arithmetic, the same training")
     label_dropout: float = setting(0.1, "fraction of the images whose labels are dropped, for classifier-free "
@@ -111,8 +112,8 @@ class Config(TrainingConfig):
 PRESETS = {
     "reference": {},
     # A small network that learns the built-in critters on a laptop's CPU. Predicting v on the cosine schedule is what
-    # makes minutes enough: no timestep multiplies the network's error (DIFFUSION_THEORY.md, "What to predict"). What it
-    # still does badly after so few, autoguidance corrects when it draws.
+    # makes minutes enough: no timestep multiplies the network's error (DIFFUSION_THEORY.md, "What to predict").
+    # Autoguidance corrects at sampling time what so short a training leaves.
     "quick": dict(
         data="critters", image_size=32, augment="flip", width=32, multipliers=(1, 2, 2), blocks=1, groups=8,
         schedule="cosine", prediction="v", lognormal=(-0.8, 1.0), epochs=15, batch_size=16, lr=2.5e-3,
@@ -160,7 +161,7 @@ def main() -> None:
                 train_own_autoencoder(config, launch.resume, dist)
             final = train(config, launch.checkpoint, dist)
         print(f"done: samples in {run_folder('outputs', config.run_name)}/; for more: python generate.py --checkpoint "
-              f"{final}")
+              f"{shlex.quote(str(final))}")
         launch.print_notice()
 
 
@@ -239,11 +240,11 @@ def make_teacher(config: Config, net: UNet, start: Pipeline | None, checkpoint: 
                  ) -> Teacher | None:
     """Return the teacher of a tuning: a copy of the network as it starts, guided as that model draws.
 
-    Of a run that is resumed, it gets its weights from latest.pt, with the network.
+    On --resume its weights come from latest.pt.
     """
     if config.objective != CONSISTENCY:
         return None
-    has_worse = (start.earlier is not None if checkpoint is None else
+    has_worse = (config.teacher_guidance != 1 and start.earlier is not None if checkpoint is None else
                  any(name.startswith("worse.") for name in checkpoint["teacher"]))
     worse = copy.deepcopy(net) if has_worse else None
     if start and worse:
@@ -273,6 +274,10 @@ def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
         "log", "workers", "device", "precision", "compile")}
     own = AutoencoderTrainingConfig(**shared, sample_every=5, epochs=config.autoencoder_epochs,
                                     run_name=str(Path(config.run_name, FIRST_STAGE)))
+    if own.batch_size % dist.world_size:
+        raise ValueError(f"--autoencoder own takes {own.batch_size} images a step, which {dist.world_size} processes "
+                         f"cannot share evenly; train one with tools.train_autoencoder, and give --autoencoder FILE")
+    own.grad_accum = math.gcd(config.grad_accum, own.batch_size // dist.world_size)
     folder = run_folder("checkpoints", own.run_name)
     if resume and (folder / "final_model.pt").exists():
         return
@@ -280,7 +285,8 @@ def train_own_autoencoder(config: Config, resume: bool, dist: DistEnv) -> None:
                           as_stage=True)
     print(f"stage 1 of 2: an autoencoder, in {folder}/")
     stage = Stage(config.run_name, asdict(config), estimate_diffusion(config, dist))
-    train_autoencoder(own, checkpoint, dist, stage)
+    with memory_advice(own.batch_size, own.grad_accum, dist.world_size):
+        train_autoencoder(own, checkpoint, dist, stage)
     print("stage 2 of 2: a diffusion in its latents")
 
 
@@ -380,8 +386,9 @@ def check_same_network(config: Config, start: Pipeline, net: UNet, scheduler: No
                   autoencoder=start.space.fingerprint())
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
+        advice = "images with the same types" if different == ["types"] else "the flags that it was trained with"
         raise ValueError(f"--init {config.init} is of another network, which differs in its {' and '.join(different)}; "
-                         f"give the flags that it was trained with")
+                         f"give {advice}")
 
 
 def each_class_in_turn(num_images: int, num_classes: int) -> torch.Tensor | None:

@@ -4,8 +4,9 @@
     python unet.py --image_size 256                                   # with the levels for images of that size
     python unet.py --width 32 --multipliers 1 2 4 --image_size 32     # any other size of the same class
 
-The architecture is that of Ho et al. (2020), appendix B, with the timestep entering each block as a scale and a shift
-(Dhariwal & Nichol 2021, "adaptive group normalisation").
+The architecture follows Ho et al. (2020), appendix B, with attention at the deepest level alone, average pooling and
+nearest-neighbour upsampling, and with the timestep entering each block as a scale and a shift (Dhariwal & Nichol 2021,
+"adaptive group normalisation").
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# Multipliers of the width, one a level, by the side of the image in pixels; other sizes take those of 64. Every level
-# has two blocks. The deepest level is always 8x8, where attention sees the whole image at the price of 64 positions: at
-# 16x16 there would be 256, and 16 times as many pairs. FLOP are those of one pass of one image, multiply and add
+# Multipliers of the width, one a level, by the side of the image in pixels; other sizes take those of 64. The deepest
+# level of each is 8x8, where attention sees the whole image at the price of 64 positions: at 16x16 there would be 256,
+# and 16 times as many pairs. FLOP are those of one pass of one image through two blocks a level, multiply and add
 # counted as two (torch.utils.flop_counter).
 LEVELS: dict[int, tuple[int, ...]] = {
     # The reference network: 54,195,523 parameters, 18.0 GFLOP.
@@ -47,7 +48,7 @@ class UNetConfig:
 
     channels: int = 3  # of the image
     width: int = 64  # channels at the first level
-    multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one per level; each level halves the resolution
+    multipliers: tuple[int, ...] = (1, 2, 4, 8)  # of the width, one per level; each but the last halves the resolution
     blocks: int = 2  # residual blocks per level in the encoder; the decoder has one more
     head_width: int | None = None  # channels per attention head; None: gcd(64, width of the deepest level)
     groups: int = 32  # of the group normalisations
@@ -275,7 +276,7 @@ def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of trainable parameters of a module."""
+    """Return the number of parameters of a module."""
     return sum(p.numel() for p in module.parameters())
 
 

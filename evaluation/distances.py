@@ -36,7 +36,7 @@ def comparison_sets(samples: torch.Tensor, train: torch.Tensor, unseen: torch.Te
     """Draw three random subsets of one size: (samples, real images, other real images).
 
     The first two are compared, and the last two give the value that real images reach. They are training and unseen
-    images if there are enough of the latter. Otherwise all real images are shuffled and halved: a distance between
+    images if there are enough of both. Otherwise all real images are shuffled and halved: a distance between
     real images does not depend on which of them a model has seen.
 
     Raises:
@@ -44,7 +44,7 @@ def comparison_sets(samples: torch.Tensor, train: torch.Tensor, unseen: torch.Te
     """
     generator = torch.Generator().manual_seed(seed_from(seed, stream="distances"))
     samples, train, unseen = [x[torch.randperm(len(x), generator=generator)] for x in (samples, train, unseen)]
-    if len(unseen) < min(len(samples), len(train), MAX_IMAGES) / 2:
+    if min(len(train), len(unseen)) < min(len(samples), (len(train) + len(unseen)) // 2, MAX_IMAGES) / 2:
         real = torch.cat([train, unseen])
         real = real[torch.randperm(len(real), generator=generator)]
         train, unseen = real[: len(real) // 2], real[len(real) // 2 :]

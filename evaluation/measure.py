@@ -239,10 +239,15 @@ def measure_samples(measurement: Measurement, data: EvaluationData, outside: Eff
 def _measure_distances(measurement: Measurement, data: EvaluationData, outside: EfficientNetFeatures | None,
                        fid: bool, cuda: bool) -> None:
     samples, real, other_real = comparison_sets(measurement.samples, data.train, data.unseen)
-    scores = _scores(samples, real, data, outside, fid, cuda)
-    real_scores = _scores(other_real, real, data, outside, fid, cuda)
-    for name, score in scores.items():
-        figure, real_figure = score_figure(score), score_figure(real_scores[name])
+    scores, real_scores = (_scores(images, real, data, outside) for images in (samples, other_real))
+    if fid:
+        try:
+            scores |= inception_distances(samples, real, cuda)
+            real_scores |= inception_distances(other_real, real, cuda)
+        except ValueError as error:
+            measurement.notes.append(f"FID and KID were not measured: {error}.")
+    for name, real_score in real_scores.items():
+        figure, real_figure = score_figure(scores[name]), score_figure(real_score)
         if name.removeprefix(OUTSIDE) in FRACTIONS:
             figure, real_figure = widened(figure, len(samples)), widened(real_figure, len(real))
         measurement.figures[name] = {**figure, "real": real_figure}
@@ -251,14 +256,12 @@ def _measure_distances(measurement: Measurement, data: EvaluationData, outside: 
         measurement.notes.append(OUTSIDE_NOTE)
 
 
-def _scores(samples: torch.Tensor, real: torch.Tensor, data: EvaluationData, outside: EfficientNetFeatures | None,
-            fid: bool, cuda: bool) -> dict[str, Score]:
+def _scores(samples: torch.Tensor, real: torch.Tensor, data: EvaluationData, outside: EfficientNetFeatures | None
+            ) -> dict[str, Score]:
     """Compare two sets of images; the finest and the coarsest scale of the patch distance get names of their own."""
     scores = compare(samples, real, data.feature_space)
     if outside is not None:
         scores |= {OUTSIDE + name: score for name, score in feature_scores(outside(samples), outside(real)).items()}
-    if fid:
-        scores |= inception_distances(samples, real, cuda)
     scales = [name for name in scores if name.startswith("wasserstein_")]  # from the finest
     scores["wasserstein_fine"], scores["wasserstein_coarse"] = scores[scales[0]], scores[scales[-1]]
     return scores
@@ -331,11 +334,11 @@ def _add_copies_by_type(measurement: Measurement, data: EvaluationData, name: st
 def _explain_threshold(data: EvaluationData) -> str:
     """Say in sentences how the threshold for copies was found, and how well it works."""
     threshold = data.copy_thresholds["pixels"]
-    text = (f"A sample counts as a copy if its distance is at most {threshold.distance:.3f}. "
-            f"{100 * threshold.false_alarm:.1f} % of {threshold.compared - threshold.duplicates:,} training images are "
-            f"that close to another one. Of copies planted on purpose (rotated, shifted, recoloured), "
-            f"{100 * threshold.planted_found[0]:.0f} % are found; the ratio of the nearest to the second nearest "
-            f"distance finds {100 * data.copy_thresholds['ratio'].planted_found[0]:.0f} % of them.")
+    text = (f"A sample counts as a copy if its distance is at most {threshold.distance:.3f}. An image that is no copy "
+            f"is that close with a probability of {100 * threshold.false_alarm:.1f} %, estimated from "
+            f"{threshold.compared - threshold.duplicates:,} training images. Of copies planted on purpose (rotated, "
+            f"shifted, recoloured), {100 * threshold.planted_found[0]:.0f} % are found; the ratio of the nearest to "
+            f"the second nearest distance finds {100 * data.copy_thresholds['ratio'].planted_found[0]:.0f} % of them.")
     if threshold.duplicates:
         text += (f" {threshold.duplicates:,} of {threshold.compared:,} training images have a duplicate among the "
                  f"others, and were not used for the threshold.")

@@ -54,8 +54,7 @@ class Pipeline:
                  settings: dict[str, Any], class_names: Sequence[str], device: torch.device, precision: str,
                  earlier: nn.Module | None = None):
         self.net, self.scheduler, self.space, self.settings = net, scheduler, space, settings
-        self.class_names, self.device, self.precision = tuple(class_names), device, precision
-        self.earlier = earlier
+        self.class_names, self.device, self.precision, self.earlier = tuple(class_names), device, precision, earlier
         self.image_size, self.prediction = settings["image_size"], settings["prediction"]
         self._in_full_batches = functools.partial(in_full_batches, precision)  # not a method: that would be a cycle
         self._network = self._prepare(net, device)
@@ -119,8 +118,9 @@ class Pipeline:
     def _grid_settings(self) -> tuple[str, int]:
         return self.settings.get("sampler", GRID_SAMPLER[0]), self.settings.get("sample_steps", GRID_SAMPLER[1])
 
-    def choose_sampler(self, sampler: str | None = None, steps: int | None = None) -> tuple[str, int]:
-        """Fill in what is not given: the default sampler, and a sampler's own number of steps.
+    def choose_sampler(self, sampler: str | None = None, steps: int | None = None,
+                       start: int | None = None) -> tuple[str, int]:
+        """Fill in what is not given: the default sampler, and its number of steps, fewer from a timestep `start`.
 
         Raises:
             ValueError: for an unknown sampler, one that is not for this network, or steps out of 1 ... T.
@@ -128,13 +128,13 @@ class Pipeline:
         if sampler is None:
             sampler, own_steps = self.default_sampler
         else:
-            own_steps = default_steps(sampler, self.scheduler.num_timesteps)
+            own_steps = self.grid_sampler[1] if self.tuned else default_steps(sampler, self.scheduler.num_timesteps)
         if find_sampler(sampler).tuned != self.tuned:
             raise ValueError(self._wrong_sampler(sampler))
-        steps = own_steps if steps is None else steps
+        part = 1.0 if start is None else (start + 1) / self.scheduler.num_timesteps
+        steps = max(1, round(part * own_steps)) if steps is None else steps
         if not 1 <= steps <= self.scheduler.num_timesteps:
-            raise ValueError(f"--steps must be in 1 ... {self.scheduler.num_timesteps} for this checkpoint, not "
-                             f"{steps}")
+            raise ValueError(f"--steps must be 1 ... {self.scheduler.num_timesteps} for this checkpoint, not {steps}")
         return sampler, steps
 
     def _wrong_sampler(self, sampler: str) -> str:
@@ -164,7 +164,7 @@ class Pipeline:
         return BY_TYPES if self.earlier is None else BY_EARLIER
 
     def default_guidance(self, has_types: bool, guide: str | None = None) -> float:
-        """The guidance scale where none is chosen, for images whose types are given, or not; `guide` asks for some."""
+        """The guidance scale where none is given; above 1 if there is something to guide away from, or `guide` is."""
         return DEFAULT_GUIDANCE if guide or BY_EARLIER in self.guides or has_types and BY_TYPES in self.guides else 1.0
 
     def choose_guide(self, guidance: float, labels: torch.Tensor | None, guide: str | None = None) -> str | None:
@@ -248,7 +248,7 @@ class Pipeline:
         for name, given in (("labels", labels), ("x_T", x_T)):
             if given is not None and len(given) != len(seeds):
                 raise ValueError(f"{len(given)} rows of {name} for {len(seeds)} seeds")
-        sampler, steps = self.choose_sampler(sampler, steps)
+        sampler, steps = self.choose_sampler(sampler, steps, start)
         worse = self._earlier_network if self.choose_guide(guidance, labels, guide) == BY_EARLIER else None
         options = dict(clip=self.space.latent_range) | options
         images: list[torch.Tensor] = []

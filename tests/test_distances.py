@@ -146,6 +146,8 @@ def test_comparison_sets_have_one_size_and_no_image_in_common():
     s, real, other_real = comparison_sets(samples, train, numbered[300:])
     assert len(s) == len(real) == len(other_real) == 100
     assert real.max() < 180 and other_real.min() >= 300
+    s, real, other_real = comparison_sets(numbered, numbered[:40], numbered[40:240])
+    assert len(real) == len(other_real) == 120  # too few in the training
     with pytest.raises(ValueError, match="at least 50 samples"):
         comparison_sets(samples[:49], train, unseen)
 

@@ -221,3 +221,11 @@ def test_fid_is_computed_by_torch_fidelity_where_it_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=calculate_metrics))
     assert call(evaluate, "--samples", "samples", "--data", "data", "--fid", "--output", "report") == 0
     assert figures()["fid"] == {"value": 12.5, "real": {"value": 12.5}}
+
+    def no_network(**_):
+        raise OSError("the network cannot be downloaded")
+
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.SimpleNamespace(calculate_metrics=no_network))
+    assert call(evaluate, "--samples", "samples", "--data", "data", "--fid", "--output", "report") == 0
+    assert "fid" not in figures() and "recall" in figures()
+    assert "FID and KID were not measured: torch-fidelity failed (the network" in str(report()["runs"][-1]["notes"])

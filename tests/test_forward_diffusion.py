@@ -83,6 +83,9 @@ def test_each_image_of_a_batch_has_its_own_timestep():
     x_0, noise = torch.randn(2, 5, 3, 4, 4, generator=generator)
     t = torch.tensor([999, 0, 500, 0, 3])
     together = scheduler.add_noise(x_0, t, noise)
+    for outside in (-1, scheduler.num_timesteps):
+        with pytest.raises(ValueError, match=f"timestep {outside} is outside of 0 ... "):
+            scheduler.add_noise(x_0, outside, noise)
     for i in range(5):
         torch.testing.assert_close(together[i : i + 1], scheduler.add_noise(x_0[[i]], t[[i]], noise[[i]]))
     assert (together[0] - noise[0]).abs().max() < 0.05 < (together[1] - noise[1]).abs().max()

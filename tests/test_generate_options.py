@@ -14,6 +14,7 @@ from scripts import call as call_command
 
 import generate
 from forward_diffusion import NoiseScheduler
+from models.pipeline import Pipeline
 from unet import UNet, UNetConfig
 from utils.checkpoint import save_checkpoint
 from utils.images import read_settings
@@ -242,6 +243,30 @@ def test_the_image_to_start_from_is_not_overwritten(unconditional, capsys):
     line = call(unconditional, "--init_image", "mine.png", "--output", "mine.png")
     assert_one_line(line, capsys, "would overwrite --init_image")
     assert Path("mine.png").read_bytes() == before
+    Path("generated").mkdir()
+    Path("mine.png").rename("generated/seed_000000.png")
+    line = call(unconditional, "--init_image", "generated/seed_000000.png", "--individual", "--output", "generated.png")
+    assert_one_line(line, capsys, "--individual", "--init_image", "might overwrite")
+    assert Path("generated/seed_000000.png").read_bytes() == before
+
+
+def test_an_animation_has_no_frames_of_a_batch_that_was_too_large(unconditional, monkeypatch):
+    size = []
+
+    def cramped(denoise):
+        def cramped_denoise(self, x_t, t, *labels):
+            if len(x_t) > 2 and t[0] < 30:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            size.append(len(x_t))
+            return denoise(self, x_t, t, *labels)
+        return cramped_denoise
+
+    flags = ["--num_images", 4, "--sampler", "ddim", "--steps", 6, "--gif"]
+    assert call(unconditional, *flags, "--output", "whole.png") == 0
+    monkeypatch.setattr(Pipeline, "denoise", cramped(Pipeline.denoise))
+    assert call(unconditional, *flags, "--output", "halved.png") == 0
+    assert set(size) == {4, 2}
+    assert Path("halved.gif").read_bytes() == Path("whole.gif").read_bytes()
 
 
 def test_an_unreadable_image_to_start_from(unconditional, capsys):

@@ -217,12 +217,22 @@ def test_sample_uses_the_default_sampler():
     assert numbers == [*range(60), *range(9), *range(50)]
 
 
+def test_fewer_steps_from_less_noise(net):
+    pipeline = make_pipeline(net, scheduler=NoiseScheduler(100))
+    assert pipeline.choose_sampler(start=49) == ("ddpm", 50)
+    assert pipeline.choose_sampler("dpm++", start=0) == ("dpm++", 1)
+    assert pipeline.choose_sampler(steps=30, start=49) == ("ddpm", 30)
+    calls = []
+    pipeline.sample([1], start=49, x_T=torch.zeros(1, 3, SIZE, SIZE), callback=lambda *_: calls.append(1))
+    assert len(calls) == 50
+
+
 def test_a_sampler_without_steps_takes_its_own_number(net):
     pipeline = make_pipeline(net)
     assert [pipeline.choose_sampler(name) for name in SAMPLERS if not SAMPLERS[name].tuned] == [
         ("ddpm", 1000), ("ddim", 50), ("dpm++", 20), ("sde-dpm++", 20)]
     tuned = make_pipeline(net, objective="consistency", sampler="consistency", sample_steps=4)
-    assert tuned.choose_sampler("consistency") == ("consistency", 2) and tuned.default_sampler == ("consistency", 4)
+    assert tuned.choose_sampler("consistency") == ("consistency", 4) == tuned.default_sampler  # what it was tuned to
     short = make_pipeline(net, scheduler=NoiseScheduler(30), sampler="ddpm", sample_steps=9)
     assert short.choose_sampler("ddim") == ("ddim", 30) and short.choose_sampler("ddpm") == ("ddpm", 30)
     assert short.grid_sampler == ("ddpm", 9) and make_pipeline(net).grid_sampler == ("ddim", 50)
@@ -230,9 +240,9 @@ def test_a_sampler_without_steps_takes_its_own_number(net):
 
 @pytest.mark.parametrize("wrong, message", [
     (dict(sampler="euler"), "unknown sampler 'euler': choose one of ddpm, ddim, dpm++, sde-dpm++, consistency"),
-    (dict(steps=1001), "--steps must be in 1 ... 1000 for this checkpoint, not 1001"),
-    (dict(sampler="ddim", steps=0), "--steps must be in 1 ... 1000 for this checkpoint, not 0"),
-    (dict(steps=-1), "--steps must be in 1 ... 1000 for this checkpoint, not -1"),
+    (dict(steps=1001), "--steps must be 1 ... 1000 for this checkpoint, not 1001"),
+    (dict(sampler="ddim", steps=0), "--steps must be 1 ... 1000 for this checkpoint, not 0"),
+    (dict(steps=-1), "--steps must be 1 ... 1000 for this checkpoint, not -1"),
 ])
 def test_a_sampler_that_cannot_be_used(net, wrong, message):
     pipeline = make_pipeline(net)

@@ -132,6 +132,8 @@ def test_a_run_is_never_overwritten_by_another(trained, monkeypatch, capsys):
     monkeypatch.chdir(trained)
     before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
     assert_one_line(call(train, *TINY), capsys, "checkpoints/latest.pt", "--resume", "--run_name")
+    line = call(train, "--resume", "--run_name", "typo")
+    assert_one_line(line, capsys, "no run to resume", "checkpoints/typo/latest.pt", "--run_name")
     assert {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()} == before
 
 

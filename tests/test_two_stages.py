@@ -11,6 +11,7 @@ from scripts import assert_one_line, assert_same_run, call, call_in
 import train
 from tools import train_autoencoder
 from training import loop
+from training.distributed import DistEnv
 from training.loss import AutoencoderLoss, DiffusionLoss
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
@@ -101,3 +102,20 @@ def test_the_estimate_leaves_no_trace(monkeypatch, capsys):
                              "width": 8, "groups": 4, "blocks": 1, "multipliers": (1,), "epochs": 4, "device": "cpu"})
     seconds = train.estimate_diffusion(config, train.DistEnv())
     assert 0 < seconds < 100 and capsys.readouterr().out == "" and not list(Path().iterdir())
+
+
+def test_processes_that_cannot_share_a_step_of_the_first_stage():
+    dist = DistEnv()
+    dist.world_size = 3
+    with pytest.raises(ValueError, match="--autoencoder own takes 8 images a step, which 3 processes"):
+        train.train_own_autoencoder(train.Config(**train.PRESETS["maker"], batch_size=12), False, dist)
+
+
+def test_out_of_memory_in_the_first_stage_counts_its_own_images(monkeypatch, capsys):
+    def too_large(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(AutoencoderLoss, "__call__", too_large)
+    line = call(train, *RUN, "--grad_accum", 2)
+    capsys.readouterr()
+    assert_one_line(line, capsys, "out of memory with 4 images at a time", "--grad_accum 4", "2 at a time")

@@ -10,6 +10,8 @@ reconstructions, and PSNR and SSIM in metrics.csv, go to outputs/autoencoder/, w
 
 from __future__ import annotations
 
+import shlex
+
 from training.autoencoder import AutoencoderTrainingConfig, train_autoencoder
 from training.config import configure, memory_advice
 from training.distributed import DistEnv
@@ -33,7 +35,7 @@ def main() -> None:
         with memory_advice(config.batch_size, config.grad_accum, dist.world_size):
             final = train_autoencoder(config, launch.checkpoint, dist)
         print(f"done: images beside their reconstructions in outputs/{config.run_name}/; to learn the latents: python "
-              f"train.py --autoencoder {final}")
+              f"train.py --autoencoder {shlex.quote(str(final))}")
         launch.print_notice()
 
 

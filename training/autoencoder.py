@@ -38,6 +38,8 @@ class AutoencoderTrainingConfig(TrainingConfig):
                                    "number of levels", most=4096)
     epochs: int = with_default(TrainingConfig, "epochs", 300)
     batch_size: int = with_default(TrainingConfig, "batch_size", 8)
+    grad_accum: int = setting(1, "micro-batches per step (gradient accumulation): less memory; with --latent_noise "
+                                 "each scales that noise by its own latents", above=0)
     lr: float = with_default(TrainingConfig, "lr", 2e-3)
     lr_schedule: str = with_default(TrainingConfig, "lr_schedule", "cosine")
     warmup_steps: int = with_default(TrainingConfig, "warmup_steps", 100)

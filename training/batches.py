@@ -61,9 +61,9 @@ def make_loader(dataset: ImageFolder, batch_size: int, seed: int, first_step: in
                 workers: int = 0, rank_slice: slice = slice(None), pin_memory: bool = False) -> DataLoader:
     """Load the batches of the steps first_step ... last_step - 1 (see `ShuffledBatches`).
 
-    A batch is (images, labels) as the data set has them: images uint8 [B, 3, S, S], or latents float32
-    [B, 1 or 2, C, h, w]; labels uint8 [B, K]. Only the `rank_slice` of each batch is read. The batches are the same for
-    any number of workers, which decode files and draw no random number.
+    A batch is (images, labels) as the data set has them: images uint8 [B, 3, S, S], or latents [B, W, C, h, w], see
+    `encode_dataset`; labels uint8 [B, K]. Only the `rank_slice` of each batch is read. The batches are the same for any
+    number of workers, which decode files and draw no random number.
 
     Args:
         workers: processes; -1: one a core, at most 8. None are used for images in memory.

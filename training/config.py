@@ -198,6 +198,5 @@ def memory_advice(batch_size: int, grad_accum: int, world_size: int) -> Iterator
     finer = [parts for parts in range(2 * grad_accum, here + 1) if here % parts == 0]
     if finer:
         raise ValueError(f"out of memory with {here // grad_accum} images at a time; give --grad_accum {finer[0]}, "
-                         f"which takes {here // finer[0]} at a time and changes nothing else, or --batch_size "
-                         f"{world_size * here // finer[0]}")
+                         f"which takes {here // finer[0]} at a time")
     raise ValueError("out of memory with one image at a time; give a smaller --image_size or --width")

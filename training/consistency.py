@@ -90,8 +90,8 @@ class ConsistencyLoss(DiffusionLoss):
             path_weight: [B], of the loss for ends of paths; 0 for images without it, whose paths are not followed. They
                 are chosen from the whole batch, so a process's part can have none or all of them.
             jump_noise: [B, jumps, C, H, W]: pure noise, and what is put on after each jump but the last.
-            levels: timesteps [B, 2], to which the noise on drawn images belongs that the critic learns from, and that
-                teacher and critic judge.
+            levels: timesteps [B, 2] of the noise that is put on drawn images: where the critic learns from them, and
+                where teacher and critic judge them.
             level_noise: [B, 2, C, H, W], that noise.
         """
         augment_rand, t, noise, keep_label = super().draw_randomness(batch_size, generator, step)
@@ -122,20 +122,20 @@ class ConsistencyLoss(DiffusionLoss):
         The images of the data are where paths begin; images are drawn with their labels and augmentation, from noise.
         """
         x_0, augment_labels = to_x_0(images, augment_rand, self.augment, self.space, self.precision)
-        known = (labels * keep_label, augment_labels)
+        conditions = (labels * keep_label, augment_labels)
         with_path = path_weight > 0
-        path = [x[with_path] for x in (self.scheduler.add_noise(x_0, t, noise), t, *known)]
+        path = [x[with_path] for x in (self.scheduler.add_noise(x_0, t, noise), t, *conditions)]
 
         # One pass of the network, for drawn images and for paths.
-        drawn = [self.before_last_jump(net, t, jump_noise, *known), t, *known]
+        drawn = [self.before_last_jump(net, t, jump_noise, *conditions), t, *conditions]
         x_t, both_t, both_labels, both_augment_labels = (torch.cat(parts) for parts in zip(drawn, path))
         with autocast(x_t.device, self.precision):
             output = net(x_t, both_t, both_labels, augment_labels=both_augment_labels).float()
         output, path_output = output.split([len(t), len(path[0])])
         image = self.scheduler.to_x_0(self.prediction, output, drawn[0], t)
 
-        matching_loss = self.matching_loss(image, levels[:, 1], level_noise[:, 1], *known)
-        critic_loss = self.error(self.critic, image.detach(), levels[:, 0], level_noise[:, 0], *known).mean()
+        matching_loss = self.matching_loss(image, levels[:, 1], level_noise[:, 1], *conditions)
+        critic_loss = self.error(self.critic, image.detach(), levels[:, 0], level_noise[:, 0], *conditions).mean()
         path_error = F.mse_loss(path_output, self.path_target(*path), reduction="none").mean(dim=(1, 2, 3))
         return matching_loss + critic_loss + (path_weight[with_path] * path_error).sum() / len(t)
 
@@ -144,11 +144,11 @@ class ConsistencyLoss(DiffusionLoss):
                          augment_labels: torch.Tensor) -> torch.Tensor:
         """Return x_t as the sampler `consistency` comes to it, from pure noise by the jumps above t."""
         x_t = jump_noise[:, 0].clone()
-        for number, (u, lower) in enumerate(zip(self.timesteps, self.timesteps[1:]), 1):
-            rows = t < u
+        for number, (higher, lower) in enumerate(zip(self.timesteps, self.timesteps[1:]), 1):
+            rows = t < higher
             if not rows.any():
                 break
-            u = torch.full_like(t[rows], u)
+            u = torch.full_like(t[rows], higher)
             with autocast(x_t.device, self.precision):
                 output = net(x_t[rows], u, labels[rows], augment_labels=augment_labels[rows]).float()
             image = self.clamp(self.scheduler.to_x_0(self.prediction, output, x_t[rows], u))

@@ -4,8 +4,8 @@
     randomness = loss.draw_randomness(16, generator, step=0)   # augmentation, timesteps, noise, label dropout
     value = loss(net, images, labels, *randomness)             # scalar
 
-All losses have these two methods, so the training step does not distinguish them, and those of train.py
-`parameter_groups`; ConsistencyLoss, which tunes a model to few steps, is in training/consistency.py.
+All losses have these two methods, so the training step does not distinguish them; those of train.py also have
+`parameter_groups`. ConsistencyLoss, which tunes a model to few steps, is in training/consistency.py.
 """
 
 from __future__ import annotations
@@ -130,12 +130,12 @@ def draw_lognormal_timesteps(batch_size: int, scheduler: NoiseScheduler, mean: f
     """Draw timesteps [B], stratified, whose noise levels have a log-normal distribution (Karras et al. 2022, table 1).
 
     Args:
-        mean, std: of log(sigma / signal), the noise in units of the signal; theirs is in units of 1 instead of their
-            sigma_data = 0.5, so that their mean of -1.2 is -0.5 here.
+        mean, std: of log(noise / signal), see `NoiseScheduler.log_noise_levels`. For pixels in [-1, 1] that is the
+            logarithm of their sigma, whose mean is -1.2; latents here have twice the deviation of theirs, so that the
+            mean of -0.4 in EDM2 (Karras et al. 2024) is 0.3.
     """
     normal = torch.special.ndtri(_stratified(batch_size, generator))
-    alpha_bar = scheduler.alphas_cumprod.to(normal.device)
-    levels = (1 / alpha_bar - 1).log() / 2  # log(sigma / signal), rising
+    levels = scheduler.log_noise_levels(normal.device)
     return torch.searchsorted(levels, mean + std * normal).clamp(max=scheduler.num_timesteps - 1)
 
 

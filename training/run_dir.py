@@ -82,6 +82,8 @@ def find_run(run_name: str, config_class: type, resume: bool, as_stage: bool = F
         refuse_to_overwrite(folder)
         return None
     path = folder / "latest.pt"
+    if not path.is_file():
+        raise CheckpointError(f"no run to resume: there is no {path}; check --run_name, or leave --resume out")
     content = load_checkpoint(path)
     if "next_config" in content and not as_stage:
         raise CheckpointError(f"{path} is the first stage of a longer run; continue that one with python train.py "

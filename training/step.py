@@ -52,7 +52,7 @@ class Stats:
     Attributes:
         loss_sum: of the steps that were not skipped.
         skipped: steps whose loss or gradient was not finite.
-        skipped_in_a_row: of these, without a good step since; it is never reset.
+        skipped_in_a_row: of these, without a good step since; only a good step resets it.
         last_loss: of the newest step.
     """
 
@@ -190,7 +190,7 @@ class TrainingStep:
 
         All randomness of a step follows from the seed and its number, so that a resumed run repeats it exactly. It is
         drawn for the whole batch, and each process takes its slice: cheap next to the network, and the same step in
-        any number of processes and parts.
+        any number of processes and parts (but for --latent_noise, see `Autoencoder.forward`).
         """
         config = self.config
         generator = self.generator.manual_seed(seed_from(config.seed, number, stream="step"))
