@@ -12,6 +12,7 @@ compared with the data that the checkpoint was trained on, and with the images t
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -163,6 +164,8 @@ def find_data(settings: Settings, infos: list[CheckpointInfo]) -> EvaluationData
         return load_data(DataSource(settings.data, image_size, label_source="none"), held_out=None)
     source, held_out = common_source(infos), infos[0].held_out
     if settings.data and not _same_data(settings.data, source.data):
+        print(f"note: the model was trained on {source.data}; if {settings.data} is no copy of that, what is said of "
+              f"training images, copies and memorisation means nothing", file=sys.stderr)
         source = replace(source, data=settings.data, label_source="auto", label_columns=(), splits="auto")
         held_out = held_out or None  # the splits of the other folder, if it has any
     if settings.labels or settings.label_column:

@@ -66,7 +66,7 @@ def main() -> None:
         CONTACT_SHEET.parent.mkdir(exist_ok=True)
         contact_sheet(args.image_size, args.seed).save(CONTACT_SHEET)
     except OSError as error:
-        sys.exit(f"error: cannot write {error.filename or args.output}: {error.strerror or error}; "
+        sys.exit(f"error: cannot write {error.filename or args.output}: {error.strerror or error}; make room there, or "
                  f"choose another --output")
     except KeyboardInterrupt:
         sys.exit(130)

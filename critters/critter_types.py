@@ -53,10 +53,11 @@ class Palette:
 
 @dataclass(frozen=True)
 class Feature:
-    """A shape that grows on a critter, once for each of `angles`; on the left side it is mirrored.
+    """A shape that grows on a critter.
 
-    The anchor is the place: "head" (around its edge), "brow", "tail" (draws a tail, and the feature at its end),
-    "rump" (the same place without a tail), "wings" or "spine".
+    The anchor is the place: "head" (around its edge, mirrored on the left), "tail" (draws a tail, and the feature at
+    its end) and "rump" (the same place without a tail), where it grows once for each of `angles`; "brow" and "wings",
+    which take the first angle; or "spine", which takes none.
     """
 
     anchor: str

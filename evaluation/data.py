@@ -190,8 +190,8 @@ def load_data(source: DataSource, held_out: Sequence[str] | None = (), class_nam
     held_out = set(held_out_names(dataset.names, 0, source.splits) if held_out is None else held_out)
     is_unseen = torch.tensor([name in held_out for name in dataset.names])
     if held_out and not is_unseen.any():
-        raise ValueError(f"none of the {len(held_out)} images that were held out of the training is in {source.data}; "
-                         f"give the folder of the training with --data")
+        raise ValueError(f"none of the {len(held_out)} images that were held out of the training is in {source.data}: "
+                         f"--data must be the folder of the training, or a copy of it")
     labels = _labels_for(dataset, class_names) if class_names else None
     names = [name for name in dataset.names if name not in held_out]
     data = EvaluationData(images[~is_unseen], names, images[is_unseen], tuple(class_names))

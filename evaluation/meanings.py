@@ -47,8 +47,8 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "copies_features": Meaning(
         "copies, by features", "%", "lower",
-        "The same for the same pairs, compared by colours and edges at full size instead of pixel by pixel. It misses "
-        "more copies, but mistakes fewer plain shapes for copies.",
+        "As copies, for the same pairs, but compared by colours and edges at full size instead of pixel by pixel. It "
+        "misses more copies, but mistakes fewer plain shapes for copies.",
     ),
     "copies_guided": Meaning(
         "copies, at guidance 3", "%", "lower",

@@ -31,6 +31,7 @@ from utils.images import to_uint8
 from utils.seeding import seed_from
 
 NUM_PAIRS = 24  # closest pairs that are shown
+FEW = 10  # images of a kind, below which an error bar of bits is not to be trusted
 RARE = 5  # training images that have the same types, at most, for these to count as rare
 OTHER_SAMPLER_STEPS = 50  # steps of a sampler other than that of the training's grids
 FRACTIONS = ("precision", "recall", "coverage")
@@ -156,6 +157,10 @@ def measure_bits(measurement: Measurement, pipeline: Pipeline, data: EvaluationD
         measurement.bits[name] = dict(num_images=len(images), prior=bound.prior.mean().item(), ranges=bound.ranges,
                                       steps=bound.steps.mean(dim=0).tolist(), decoder=bound.decoder.mean().item())
     if len(bounds) == 2:
+        fewest = min(len(detail) for detail in details.values())
+        if fewest < FEW:
+            measurement.notes.append(f"Bits and membership rest on {fewest} images of a kind: their intervals are too "
+                                     f"narrow below {FEW}.")
         gap, error = generalisation_gap(bounds["train"], bounds["held_out"], (details["train"], details["held_out"]))
         measurement.figures["bits_gap"] = score_figure(Score(gap, error))
 

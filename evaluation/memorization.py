@@ -5,8 +5,8 @@
     is_copy["pixels"].float().mean()                               # matches: nearest image, its distance and pose
 
 The distance of two images is the fraction of the contrast of one that the other does not explain, after the other was
-mirrored or not, rotated by up to 15 degrees and more, shifted slightly, and fitted in brightness and contrast. It is 0
-for the same image and 1 for images with nothing in common.
+mirrored or not, rotated (searched up to 14 degrees, and refined from there), shifted slightly, and fitted in brightness
+and contrast. It is 0 for the same image and 1 for images with nothing in common.
 
 The threshold comes from the training images themselves: each is compared with all others, and the distance below
 which one in a hundred falls is the threshold. Of new images that are no copies, one in a hundred is then called a copy

@@ -41,7 +41,7 @@ BITS_PLOT = (
     "images cost more than training images, the model knows its training images better.")
 GAP_PLOT = (
     "Unseen against training images, by noise level",
-    "How much worse the network predicts the clean image if it has not seen it. Flat at 0: it has learned what the "
+    "How much worse the network predicts the clean image if it has not seen it. Flat at 1: it has learned what the "
     "images have in common. A hump at medium noise is the first sign that it knows single images.")
 OVER_TIME_PLOT = (
     "Figures over the training",
@@ -76,7 +76,8 @@ def verdict(measurement: Measurement) -> list[str]:
             lines.append(f"Unseen images cost {gap['value']:.3f} bits per value more than training images: the first "
                          f"sign of memorisation.")
         else:
-            lines.append("Unseen images cost about as many bits as training images: no sign of memorisation.")
+            lines.append(f"Bits show no sign of memorisation: what unseen images cost more than training images is "
+                         f"within the error ({gap['low']:.3f} to {gap['high']:.3f}).")
     if "membership_auc" in measurement.figures:
         lines.append(_membership_verdict(measurement.figures))
     lines += _comparisons(measurement.figures)
@@ -99,8 +100,7 @@ def _guided_verdict(measurement: Measurement) -> str:
     figure, expected = measurement.figures["copies_guided"], _expected_copies(measurement)
     percent = f"{100 * figure['value']:.1f} % of samples count as copies"
     if figure["low"] > expected:
-        return (f"At guidance 3, {percent}, more than by chance: look at the closest pairs, and at types that few "
-                f"images have.")
+        return f"At guidance 3, {percent}, more than by chance: look at the copies by type, if there are types."
     return f"At guidance 3, {percent}, no more than by chance."
 
 
@@ -108,7 +108,7 @@ def _membership_verdict(figures: dict[str, dict]) -> str:
     auc, found = figures["membership_auc"], figures["membership_found"]
     by_error = f"be told from unseen ones by their error (AUC {auc['value']:.2f}; 0.5 is chance)"
     if auc["low"] <= 0.5:
-        return f"Training images cannot {by_error}."
+        return f"That training images can {by_error} is not shown: {auc['low']:.2f} to {auc['high']:.2f}."
     return (f"Training images can {by_error}: {100 * found['value']:.0f} % of them if 1 % of the others may be "
             f"mistaken for one.")
 

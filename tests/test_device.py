@@ -29,6 +29,17 @@ def test_the_cpu_is_picked_where_there_is_nothing_else(monkeypatch):
     assert describe_device(torch.device("cpu")).startswith("cpu (")
 
 
+@pytest.mark.parametrize("name, current", [("auto", None), ("cuda", None), ("cuda:1", 1)])
+def test_a_gpu_is_picked_and_becomes_current_if_it_has_a_number(monkeypatch, name, current):
+    """As on a machine with GPUs: `set_device` refuses a device without a number."""
+    made_current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda size, device: torch.zeros(size))
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", made_current.append, raising=False)
+    assert pick_device(name) == torch.device("cuda" if name == "auto" else name)
+    assert made_current == ([] if current is None else [current])
+
+
 def test_precision_is_bfloat16_where_the_device_computes_in_it(monkeypatch):
     cpu = torch.device("cpu")
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):

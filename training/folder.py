@@ -40,7 +40,7 @@ class DataFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         if not self.path.exists():
-            raise DataError(f"no folder {self.path}: give a folder of images with --data")
+            raise DataError(f"no folder {self.path}: give a folder of images, or a .zip of one")
         self.is_zip = self.path.is_file() and self.path.suffix.lower() == ".zip"
         if not self.is_zip and not self.path.is_dir():
             raise DataError(f"{self.path} is a file: give the folder that holds the images, or a .zip of it")

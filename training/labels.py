@@ -285,6 +285,9 @@ def read_labels(path: str | Path, columns: Sequence[str] = (), open_file: Callab
                     raise LabelError(f"{path}, line {rows.line_num}: types in one cell are separated by spaces, not as "
                                      f"in {next(cell for cell in cells if SEPARATORS & set(cell))!r}")
                 table[name] = tuple(split_types(" ".join(cells)))
+    except FileNotFoundError as error:
+        raise LabelError(f"cannot read the labels in {path}: {error.strerror}; --labels is auto, none, folders or a "
+                         f"file") from error
     except OSError as error:
         raise LabelError(f"cannot read the labels in {path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, csv.Error) as error:

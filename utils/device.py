@@ -23,8 +23,8 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(1, device=device).item()  # reads a value, so that "meta", which has none, fails too
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"no device {name!r} on this machine; choose one of {', '.join(DEVICES)}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # for CUDA graphs, which belong to the current device
     return device
 
 

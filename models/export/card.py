@@ -139,7 +139,7 @@ def training_command(settings: dict[str, Any]) -> str:
     """
     lines = ["python train.py"]
     for name, value in settings.items():
-        if name in NOT_OF_THE_MODEL or value is None or value is False or value == "" or value == ():
+        if name in NOT_OF_THE_MODEL or value is None or value is False or value in ("", (), []):
             continue
         values = value if isinstance(value, (tuple, list)) else [] if value is True else [value]
         flag = " ".join([f"--{name}", *(_public(part) for part in values)])

@@ -16,7 +16,6 @@ meanwhile.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -35,12 +34,13 @@ from evaluation.measure import Measurement, measure_samples
 from tools.race.contender import Contender
 from tools.race.contenders import CONTENDERS, installed, make_contender
 from tools.race.results import write_results
+from tools.study.results import read_json
 from training.dataset import NUM_CRITTERS, load_images
 from training.run_dir import StopOnSignal, run_folder
 from unet import count_parameters
 from utils.cli import check_sub_folder, device_setting, parse, setting
 from utils.device import describe_device, pick_device, use_fast_kernels
-from utils.errors import one_line_errors
+from utils.errors import UserError, one_line_errors
 from utils.files import keep_settings, replacing
 
 FIRST_SEED = 0  # of the samples that are scored
@@ -88,10 +88,14 @@ def main() -> None:
                          "compare what they draw.", prog="python -m tools.race")
         check_sub_folder("--name", settings.name)
         settings.minutes = tuple(sorted(set(settings.minutes)))
+        if settings.num_trial == 1:
+            raise ValueError("--num_trial must be 0 or at least 2, since one sample has no KID")
         device = pick_device(settings.device)
         use_fast_kernels()
         outside = EfficientNetFeatures(device)  # fails before minutes of work
         names = installed(settings.only or tuple(CONTENDERS))
+        if not names:
+            raise UserError("none of these contenders is installed, see above")
         folder = run_folder("outputs", settings.name)
         lasting = {name: value for name, value in asdict(settings).items()
                    if name not in ("only", "batch_size", "device", "name")}
@@ -117,8 +121,7 @@ def load_race_data(settings: Settings) -> EvaluationData:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    return json.loads(path.read_text())["contenders"] if path.exists() else {}
+    return read_json(folder / "results.json").get("contenders", {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,8 +75,8 @@ def load_ink(path: str, count: int, seed: int) -> Ink:
         image = draw_critter(CRITTER, IMAGE_SIZE)[0]
     grey = np.asarray(image.convert("L")).astype(float)
     row, column = np.nonzero(grey < grey.min() + DARK * (grey.max() - grey.min()))
-    if len(row) == 0:
-        raise UserError(f"{path} has no dark pixels: choose a dark drawing on a light ground")
+    if len(row) < 2:
+        raise UserError(f"{path} has hardly any dark pixels: choose a dark drawing on a light ground")
 
     # Pixels as squares of the plane, y upwards; each point is anywhere in its pixel.
     rng = np.random.default_rng(seed)
