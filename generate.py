@@ -67,8 +67,8 @@ class Settings:
                                   + " (default: the checkpoint's own, if its training chose one; else ddpm)",
                                   tuple(SAMPLERS), kind=str)
     steps: int | None = setting(None, "network passes per image, up to the checkpoint's timesteps (default: with "
-                                      "--sampler, all for ddpm, 50 for ddim, 2 for consistency, 20 for the "
-                                      "others; else the checkpoint's)", kind=int, above=0)
+                                      "--sampler, all for ddpm, 50 for ddim, those it was tuned to for consistency, 20 "
+                                      "for the others; else the checkpoint's)", kind=int, above=0)
     timesteps: tuple[int, ...] = setting((), "the timesteps to visit, falling, instead of --steps, as 999 430 "
                                              "(default: as the sampler spaces its steps)", least=0)
     seed: int = seed_setting("image i is drawn from seed + i")

@@ -129,7 +129,7 @@ class Sampler:
 
     Attributes:
         step: (scheduler, x_0, x_t, t, t_next, previous, **options) -> mean of x_s, standard deviation of the noise.
-        steps: what `default_steps` returns; None: all timesteps. `sample` itself visits all unless it is told.
+        steps: default number of passes, see `default_steps`; None: all timesteps. `sample` alone visits all.
         deterministic: adds no noise, unless its options say so.
         options: keyword arguments of `step` that `sample` passes on.
         about: one line for people who choose.

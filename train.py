@@ -128,8 +128,7 @@ PRESETS = {
         sampler="sde-dpm++", sample_steps=20, guide_at=0.25, guidance=3.0, sample_every=15, num_samples=64,
     ),
     # A few hundred images of one's own at 128 x 128: an autoencoder first, then a diffusion in its latents. The noise
-    # levels in latents are those of EDM2, roughly: more noise than in pixels, where one body and one colour to it are
-    # decided (docs/latents.md, "What was tried").
+    # levels, roughly EDM2's, are where one body and one colour to it are decided (docs/latents.md, "What was tried").
     "maker": dict(
         image_size=128, autoencoder="own", autoencoder_epochs=22, augment="flip", width=48, multipliers=(1, 2, 4),
         blocks=1, groups=16, label_dropout=0.2, schedule="cosine", prediction="v", lognormal=(0.0, 1.2), epochs=350,
@@ -381,7 +380,8 @@ def check_same_network(config: Config, start: Pipeline, net: UNet, scheduler: No
     """Raise ValueError if the weights of --init mean something else than this network's would."""
     ours = dict(size=net.config, types=tuple(class_names), prediction=config.prediction, schedule=scheduler.config(),
                 autoencoder=space.fingerprint())
-    size = replace(start.net.config, dropout=net.config.dropout, blocks=max(start.net.config.blocks, net.config.blocks))
+    size = replace(start.net.config, dropout=net.config.dropout, num_types=net.config.num_types,
+                   blocks=max(start.net.config.blocks, net.config.blocks))
     theirs = dict(size=size, types=start.class_names, prediction=start.prediction, schedule=start.scheduler.config(),
                   autoencoder=start.space.fingerprint())
     different = [name for name in ours if ours[name] != theirs[name]]

@@ -281,6 +281,6 @@ def inception_distances(samples: torch.Tensor, images: torch.Tensor, cuda: bool 
             kid_subset_size=min(1000, len(samples), len(images)),
         )
     except Exception as error:  # no network to download from, no memory, ...
-        raise ValueError(f"torch-fidelity failed ({first_line(error)}); leave --fid out") from error
+        raise ValueError(f"torch-fidelity failed ({first_line(error)})") from error
     return {"fid": Score(metrics["frechet_inception_distance"], math.nan),
             "kid": Score(metrics["kernel_inception_distance_mean"], math.nan)}

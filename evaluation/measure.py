@@ -159,8 +159,8 @@ def measure_bits(measurement: Measurement, pipeline: Pipeline, data: EvaluationD
     if len(bounds) == 2:
         fewest = min(len(detail) for detail in details.values())
         if fewest < FEW:
-            measurement.notes.append(f"Bits and membership rest on {fewest} images of a kind: their intervals are too "
-                                     f"narrow below {FEW}.")
+            measurement.notes.append(f"Bits and membership rest on only {fewest} images of one kind; with fewer than "
+                                     f"{FEW}, their intervals are too narrow.")
         gap, error = generalisation_gap(bounds["train"], bounds["held_out"], (details["train"], details["held_out"]))
         measurement.figures["bits_gap"] = score_figure(Score(gap, error))
 

@@ -41,8 +41,8 @@ BITS_PLOT = (
     "images cost more than training images, the model knows its training images better.")
 GAP_PLOT = (
     "Unseen against training images, by noise level",
-    "How much worse the network predicts the clean image if it has not seen it. Flat at 1: it has learned what the "
-    "images have in common. A hump at medium noise is the first sign that it knows single images.")
+    "The network's error on images that it has not seen, as a multiple of that on training images. Flat at 1: it has "
+    "learned what the images have in common. A hump at medium noise is the first sign that it knows single images.")
 OVER_TIME_PLOT = (
     "Figures over the training",
     "Each figure against the epoch. Shaded: 95 % confidence interval. Dashed: real images. Look for the epoch at which "
@@ -76,8 +76,8 @@ def verdict(measurement: Measurement) -> list[str]:
             lines.append(f"Unseen images cost {gap['value']:.3f} bits per value more than training images: the first "
                          f"sign of memorisation.")
         else:
-            lines.append(f"Bits show no sign of memorisation: what unseen images cost more than training images is "
-                         f"within the error ({gap['low']:.3f} to {gap['high']:.3f}).")
+            lines.append(f"Bits show no sign of memorisation: unseen images cost {gap['value']:.3f} per value more "
+                         f"than training images ({gap['low']:.3f} to {gap['high']:.3f}).")
     if "membership_auc" in measurement.figures:
         lines.append(_membership_verdict(measurement.figures))
     lines += _comparisons(measurement.figures)
@@ -106,10 +106,11 @@ def _guided_verdict(measurement: Measurement) -> str:
 
 def _membership_verdict(figures: dict[str, dict]) -> str:
     auc, found = figures["membership_auc"], figures["membership_found"]
-    by_error = f"be told from unseen ones by their error (AUC {auc['value']:.2f}; 0.5 is chance)"
+    by_error = "can be told from unseen ones by their error"
+    measured = f"AUC {auc['value']:.2f} ({auc['low']:.2f} to {auc['high']:.2f}; 0.5 is chance)"
     if auc["low"] <= 0.5:
-        return f"That training images can {by_error} is not shown: {auc['low']:.2f} to {auc['high']:.2f}."
-    return (f"Training images can {by_error}: {100 * found['value']:.0f} % of them if 1 % of the others may be "
+        return f"It is not shown that training images {by_error}: {measured}."
+    return (f"Training images {by_error}, {measured}: {100 * found['value']:.0f} % of them if 1 % of the others may be "
             f"mistaken for one.")
 
 

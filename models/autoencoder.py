@@ -24,7 +24,7 @@ class AutoencoderConfig:
     decoder_blocks: int = 2
     groups: int = 8  # of the group normalisations
     channels: int = 4  # of the latents
-    mean_colours: bool = False  # the first three channels are the mean colours of each square of pixels
+    mean_colours: bool = False  # the first three channels are the mean colours of each square; no old checkpoint says
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
@@ -33,7 +33,7 @@ class AutoencoderConfig:
             raise ValueError(f"every size of the autoencoder must be at least 1: {self}")
         if self.mean_colours and self.channels < 3:
             raise ValueError(f"mean colours need at least 3 channels, not {self.channels}; "
-                             f"--no-mean_colours does without them")
+                             f"--no_mean_colours does without them")
         for width in self.widths:
             if width % self.groups:
                 raise ValueError(f"a level of {width} channels cannot be normalised in {self.groups} groups; "

@@ -164,7 +164,7 @@ class Pipeline:
         return BY_TYPES if self.earlier is None else BY_EARLIER
 
     def default_guidance(self, has_types: bool, guide: str | None = None) -> float:
-        """The guidance scale where none is given; above 1 if there is something to guide away from, or `guide` is."""
+        """The guidance scale where none is given: above 1 with a `guide`, or something to guide away from."""
         return DEFAULT_GUIDANCE if guide or BY_EARLIER in self.guides or has_types and BY_TYPES in self.guides else 1.0
 
     def choose_guide(self, guidance: float, labels: torch.Tensor | None, guide: str | None = None) -> str | None:

@@ -178,6 +178,18 @@ def test_train_py_does_not_resume_a_run_of_the_autoencoder(trained_autoencoder, 
     assert_one_line(call(train, "--resume", "--run_name", "autoencoder"), capsys, "cannot be resumed")
 
 
+def test_a_run_of_before_mean_colours_goes_on_without_them():
+    flags = ["--no_mean_colours", "--latent_noise", 0, "--max_steps", 2]
+    assert call(train_autoencoder, *TINY_AUTOENCODER, *flags) == 0
+    content = load_checkpoint("checkpoints/autoencoder/latest.pt")
+    for name in ("mean_colours", "latent_noise"):
+        del content["config"][name]
+    save_checkpoint("checkpoints/autoencoder/latest.pt", **{name: x for name, x in content.items() if name != "format"})
+    assert call(train_autoencoder, "--resume", "--max_steps", 3) == 0
+    config = load_checkpoint("checkpoints/autoencoder/latest.pt")["config"]
+    assert config["mean_colours"] is False and config["latent_noise"] == 0
+
+
 def test_the_presets_are_within_their_ranges():
     for preset in train_autoencoder.PRESETS.values():
         check_ranges(AutoencoderTrainingConfig(**preset))

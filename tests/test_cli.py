@@ -64,7 +64,7 @@ def test_values_have_the_type_of_their_setting(monkeypatch):
 
 def test_a_switch_that_is_on_can_be_turned_off(monkeypatch):
     assert parsed(monkeypatch).grid and parsed(monkeypatch, "--grid").grid
-    assert not parsed(monkeypatch, "--no-grid").grid
+    assert not parsed(monkeypatch, "--no_grid").grid
 
 
 def test_a_positional_setting_may_stand_anywhere(monkeypatch):

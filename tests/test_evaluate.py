@@ -151,7 +151,7 @@ def test_held_out_images_are_found_by_name():
     assert content["trained_on"] == "data"
     assert content["runs"][0]["bits"]["held_out"]["num_images"] == 6
     (note,) = content["notes"]
-    assert "6 images of a kind" in note
+    assert "only 6 images of one kind" in note
     assert not {pair["image"] for pair in content["runs"][0]["copies"]["closest"]} & set(held_out)
     code = call(evaluate, "--checkpoint", checkpoint("b.pt", data="data", held_out=["elsewhere.png"]), *FEW)
     assert code.startswith("error: none of the 1 images")

@@ -240,6 +240,9 @@ def test_checkpoints_of_another_kind(weights, final, trained, capsys):
     line = call(train, *FLIP, "--init", pixels, "--autoencoder", weights)
     capsys.readouterr()
     assert_one_line(line, capsys, "--init", "differs in its size and autoencoder")
+    line = call(train, *TINY, "--labels", "none", "--init", pixels)
+    capsys.readouterr()
+    assert_one_line(line, capsys, "--init", "differs in its types; give images with the same types")
     size = [*TINY, "--image_size", 20, "--autoencoder", weights]
     assert_one_line(call(train, *size), capsys, "multiple of 8", "20")
 

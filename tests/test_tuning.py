@@ -135,12 +135,13 @@ def test_a_step_that_is_not_finite_is_skipped(teacher_folder, monkeypatch):
     assert all(weight.isfinite().all() for name in ("model", "ema", "critic") for weight in latest[name].values())
 
 
-def test_what_the_objective_implies(teacher_folder):
+def test_what_the_objective_implies(teacher_folder, monkeypatch):
     """Whatever a preset says, unless flags do."""
+    monkeypatch.setitem(train.PRESETS, "latents", train.PRESETS["latents"] | dict(loss_weighting="min_snr"))
     at = MODEL.index("--sample_steps")
     flags = [*MODEL[:at], *MODEL[at + 2:], "--epochs", 1, "--autoencoder", "", "--objective", "consistency", "--init",
              teacher_folder / "checkpoints/final_model.pt"]
-    for preset in ("latents", "maker"):  # one with min-SNR weights, the other with guidance and log-normal timesteps
+    for preset in ("latents", "maker"):  # both with guidance and log-normal timesteps, one here with min-SNR weights
         assert call(train, "--preset", preset, "--run_name", preset, *flags) == 0
         config = load_checkpoint(f"checkpoints/{preset}/final_model.pt")["config"]
         assert (config["sampler"], config["sample_steps"], config["loss_weighting"]) == ("consistency", 2, "uniform")

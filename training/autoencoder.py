@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from tqdm import tqdm
@@ -33,6 +33,8 @@ PART = 16  # images that are reconstructed at a time
 @dataclass
 class AutoencoderTrainingConfig(TrainingConfig):
     """Every setting of an autoencoder's training."""
+
+    BEFORE: ClassVar[dict[str, Any]] = dict(mean_colours=False, latent_noise=0.0)
 
     image_size: int = setting(128, "side of the images in pixels; a multiple of 4, that is, of 2 to the power of the "
                                    "number of levels", most=4096)

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from training.augment import AUGMENT_MODES
 from training.dataset import POKEMON_FOLDER, POKEMON_SOURCE, has_images
@@ -42,6 +42,8 @@ class TrainingConfig:
                              least=0, below=1)
     splits: str = setting("auto", "auto: top folders named train, validation and test divide the images, and the last "
                                   "two are held out; none: they are folders like others", SPLIT_SETTINGS)
+    BEFORE: ClassVar[dict[str, Any]] = {}  # what runs did that do not have a setting yet, where it is not the default
+
     image_size: int = setting(64, "side of the images in pixels; a multiple of 8 for the reference network", most=4096)
     augment: str = setting("full", "full: flips, rotations to 15 degrees and colour jitter; flip: flips alone",
                            AUGMENT_MODES)

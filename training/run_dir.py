@@ -113,7 +113,7 @@ def find_first_stage(run_name: str, config_class: type) -> dict[str, Any] | None
 
 def _with_defaults(path: Path, settings: dict[str, Any], config_class: type) -> dict[str, Any]:
     """Complete the settings of a checkpoint. Raises CheckpointError for ones that are unknown here."""
-    defaults = {declared.name: declared.default for declared in fields(config_class)}
+    defaults = {declared.name: declared.default for declared in fields(config_class)} | config_class.BEFORE
     if settings.keys() - defaults.keys():
         unknown = ", ".join(sorted(map(str, settings.keys() - defaults.keys())))
         raise CheckpointError(f"{path} cannot be resumed: it is of another command or version, with settings that are "

@@ -52,7 +52,7 @@ class Stats:
     Attributes:
         loss_sum: of the steps that were not skipped.
         skipped: steps whose loss or gradient was not finite.
-        skipped_in_a_row: of these, without a good step since; only a good step resets it.
+        skipped_in_a_row: skipped since the last good step.
         last_loss: of the newest step.
     """
 

@@ -29,8 +29,8 @@ def setting(default: Any, help: str, choices: Sequence[str] | None = None, *, ki
     """Declare a field of a settings dataclass.
 
     Args:
-        default: its type is the setting's, unless `kind` says otherwise; False is a switch, True one with --no-,
-            a tuple takes several.
+        default: its type is the setting's, unless `kind` says otherwise; a switch if it is False or True (which
+            --no_NAME turns off), several values for a tuple.
         help: the help text, without the default, which is appended unless it is empty or None.
         kind: type of the value, or of each of several (default: int for a tuple).
         count: argparse's nargs, e.g. 2 or "+".
@@ -84,13 +84,14 @@ def add_settings(parser: argparse.ArgumentParser, settings: type) -> None:
     for declared in fields(settings):
         meta = declared.metadata
         shown = " ".join(map(str, declared.default)) if isinstance(declared.default, tuple) else declared.default
-        silent = shown in ("", None) or isinstance(declared.default, bool)
-        text = meta["help"] + ("" if silent else f" (default: {shown})")
+        if declared.default is True:
+            parser.add_argument(f"--no_{declared.name}", dest=declared.name, action="store_false",
+                                help=argparse.SUPPRESS)  # named below
+            shown = f"on; off: --no_{declared.name}"
+        text = meta["help"] + (f" (default: {shown})" if shown not in ("", None) and shown is not False else "")
         options: dict[str, Any] = dict(help=text.replace("%", "%%"))
-        if declared.default is False:
+        if isinstance(declared.default, bool):
             options["action"] = "store_true"
-        elif declared.default is True:
-            options["action"] = argparse.BooleanOptionalAction
         else:
             options |= dict(type=meta["kind"], choices=meta["choices"], nargs=meta["count"], metavar=meta["metavar"])
         if meta["positional"]:

@@ -16,6 +16,7 @@ meanwhile.
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
 import time
@@ -34,7 +35,6 @@ from evaluation.measure import Measurement, measure_samples
 from tools.race.contender import Contender
 from tools.race.contenders import CONTENDERS, installed, make_contender
 from tools.race.results import write_results
-from tools.study.results import read_json
 from training.dataset import NUM_CRITTERS, load_images
 from training.run_dir import StopOnSignal, run_folder
 from unet import count_parameters
@@ -121,7 +121,13 @@ def load_race_data(settings: Settings) -> EvaluationData:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "results.json").get("contenders", {})
+    path = folder / "results.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["contenders"]
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged: remove it, or restore it from a copy") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
