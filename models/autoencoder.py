@@ -24,7 +24,7 @@ class AutoencoderConfig:
     decoder_blocks: int = 2
     groups: int = 8  # of the group normalisations
     channels: int = 4  # of the latents
-    mean_colours: bool = False  # the first three channels are the mean colours of each square; no old checkpoint says
+    mean_colours: bool = False  # the first three channels are mean colours; False, as in files that do not say
 
     def __post_init__(self):
         self.multipliers = tuple(self.multipliers)
