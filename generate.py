@@ -292,20 +292,21 @@ def prepare_output(args: Settings, plan: Plan, image_size: int) -> None:
     """Make the folders and find what cannot be written, before minutes of sampling."""
     args.output.parent.mkdir(parents=True, exist_ok=True)
     written = [args.output] + ([args.output.with_suffix(".gif")] if args.gif or args.interpolate else [])
+    sources = {flag: path for flag, path in (("--init_image", args.init_image), ("--mask", args.mask)) if path}
     rows = math.ceil(len(plan.seeds) / plan.columns)
     for path in written:
         if path.is_dir():
             raise ValueError(f"--output {path} is a folder; name a file in it")
-        for flag, source in (("--init_image", args.init_image), ("--mask", args.mask)):
-            if source and path.exists() and path.samefile(source):
+        for flag, source in sources.items():
+            if path.exists() and path.samefile(source):
                 raise ValueError(f"--output {path} would overwrite {flag}; give it another name")
         if max(rows, plan.columns) * (image_size + 2) * args.scale + 200 > LONGEST_SIDE[path.suffix.lower()]:
             raise ValueError(f"{path} would be larger than a {path.suffix} can be; give a smaller --scale or "
                              f"--num_images")
     if args.individual:
         folder = args.output.with_suffix("")
-        for flag, source in (("--init_image", args.init_image), ("--mask", args.mask)):
-            if source and source.resolve().parent == folder.resolve():
+        for flag, source in sources.items():
+            if source.resolve().parent == folder.resolve():
                 raise ValueError(f"--individual writes into {folder}/, where {flag} is, and might overwrite it; give "
                                  f"another --output")
         folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders: write beside the target, then rename."""
+"""Atomic replacement of files and folders (write beside the target, then rename), and JSON files that are kept."""
 
 from __future__ import annotations
 
@@ -155,6 +155,16 @@ def naming(path: str | Path) -> Iterator[None]:
     except OSError as error:
         raise WriteError(f"could not write {path} ({error.strerror or error}); what stood there before is untouched"
                          ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; empty if there is none. Raises ValueError, naming it, if it is damaged."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, or restore it from a copy") from error
 
 
 def keep_settings(path: str | Path, settings: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ meanwhile.
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import sys
 import time
@@ -41,7 +40,7 @@ from unet import count_parameters
 from utils.cli import check_sub_folder, device_setting, parse, setting
 from utils.device import describe_device, pick_device, use_fast_kernels
 from utils.errors import UserError, one_line_errors
-from utils.files import keep_settings, replacing
+from utils.files import keep_settings, read_json, replacing
 
 FIRST_SEED = 0  # of the samples that are scored
 TRIAL_SEED = 10_000_000  # of those that a sampler is chosen by
@@ -121,13 +120,7 @@ def load_race_data(settings: Settings) -> EvaluationData:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    path = folder / "results.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())["contenders"]
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged: remove it, or restore it from a copy") from error
+    return read_json(folder / "results.json").get("contenders", {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

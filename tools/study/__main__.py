@@ -17,14 +17,13 @@ import sys
 from dataclasses import asdict, dataclass, fields, replace
 
 from tools.study.plan import ABLATIONS, CONFIGURATIONS, GROUPS, KINDS, REHEARSAL, Study, is_selected, plan
-from tools.study.results import read_json
 from tools.study.runner import is_done, load_progress, run_jobs
 from training.folder import DataFolder
 from training.labels import find_labels
 from training.run_dir import run_folder
 from utils.cli import check_sub_folder, parse, setting
 from utils.errors import one_line_errors
-from utils.files import replacing
+from utils.files import read_json, replacing
 
 WORDS = (*CONFIGURATIONS, *GROUPS["holdout"], *ABLATIONS, *GROUPS, *KINDS, "nothing")
 

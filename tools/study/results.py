@@ -23,7 +23,7 @@ from reverse_diffusion import SAMPLERS
 from tools.study.plan import ABLATIONS, LONG_RUNS, RUNS, milestone_epochs
 from tools.study.plots import draw_plots
 from training.run_dir import run_folder
-from utils.files import replacing
+from utils.files import read_json, replacing
 
 OVER_TIME = ("bits_train", "bits_held_out", "bits_gap", "copies", "precision", "recall", "coverage", "wasserstein",
              "wasserstein_fine")  # columns of a long run's table
@@ -80,16 +80,6 @@ def collect(folder: Path) -> dict[str, Any]:
         evaluation=[{key: run[key] for key in ("epoch", "figures", "verdict")} for run in report.get("runs", [])],
         epoch_to_keep=report.get("epoch_to_keep", ""), samples=samples,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; empty if there is none. Raises ValueError, naming it, if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it, or restore it from a copy") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.study.plan import Job
-from tools.study.results import read_json, write_results
+from tools.study.results import write_results
 from training.run_dir import milestones, run_folder
-from utils.files import replacing
+from utils.files import read_json, replacing
 from utils.processes import interrupt_on_sigterm, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
