@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 from evaluation.meanings import MEANINGS
 from evaluation.measure import Measurement
-from utils.files import replacing
+from utils.plots import plotting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 OVER_TIME = ("bits_train", "bits_held_out", "copies", "precision", "recall", "coverage", "wasserstein",
              "wasserstein_fine", "efficientnet_kid", "membership_auc", "saturation")
@@ -24,12 +23,13 @@ NOISE_TICKS = (0.2, 0.5, 1, 2, 5)
 def plot_over_time(measurements: Sequence[Measurement], path: Path) -> None:
     """Plot the figures of OVER_TIME against the epoch, with intervals, and those of real images as a dashed line."""
     names = [name for name in OVER_TIME if any(name in m.figures for m in measurements)]
-    figure, axes = _new_figure(math.ceil(len(names) / COLUMNS), COLUMNS)
-    for axis, name in zip(axes, names):
-        _plot_figure([m for m in measurements if name in m.figures], name, axis)
-    for axis in axes[len(names):]:
-        axis.axis("off")
-    _save(figure, path)
+    rows = math.ceil(len(names) / COLUMNS)
+    with plotting(path, 11, 2.5 * rows) as figure:
+        axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
+        for axis, name in zip(axes, names):
+            _plot_figure([m for m in measurements if name in m.figures], name, axis)
+        for axis in axes[len(names):]:
+            axis.axis("off")
 
 
 def _plot_figure(measurements: Sequence[Measurement], name: str, axis: Axes) -> None:
@@ -52,54 +52,41 @@ def _plot_figure(measurements: Sequence[Measurement], name: str, axis: Axes) -> 
 
 def plot_bits(measurement: Measurement, path: Path) -> None:
     """Plot the terms of the variational bound against the timestep, for training and for unseen images."""
-    figure, (axis,) = _new_figure(1, 1, width=7, height=3.4)
-    labels = {"train": "training images", "held_out": "unseen images"}
-    for name, bits in measurement.bits.items():
-        middles = [(first + last) / 2 for first, last in bits["ranges"]]
-        per_timestep = [value / (last - first + 1) for value, (first, last) in zip(bits["steps"], bits["ranges"])]
-        axis.loglog(middles, per_timestep, marker=".", label=labels[name])
-    axis.set_xlabel("timestep t (0 is the least noise)")
-    axis.set_ylabel("bits per value and timestep")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    _save(figure, path)
+    with plotting(path, 7, 3.4) as figure:
+        axis = figure.subplots()
+        labels = {"train": "training images", "held_out": "unseen images"}
+        for name, bits in measurement.bits.items():
+            middles = [(first + last) / 2 for first, last in bits["ranges"]]
+            per_timestep = [value / (last - first + 1) for value, (first, last) in zip(bits["steps"], bits["ranges"])]
+            axis.loglog(middles, per_timestep, marker=".", label=labels[name])
+        axis.set_xlabel("timestep t (0 is the least noise)")
+        axis.set_ylabel("bits per value and timestep")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
 
 
 def plot_gap(measurements: Sequence[Measurement], path: Path) -> None:
     """Plot the error of unseen images as a multiple of that of training images, against the noise, by epoch."""
-    figure, (axis,) = _new_figure(1, 1, width=7, height=3.4)
-    largest = 1.0
-    for number, measurement in enumerate(measurements):
-        gaps = measurement.gap_by_noise
-        noise = [gap["noise"] for gap in gaps]
-        value, low, high = ([1 + gap[key] for gap in gaps] for key in ("value", "low", "high"))
-        colour = f"C{number}" if len(measurements) < 10 else str(0.8 * (1 - number / len(measurements)))
-        axis.plot(noise, value, marker=".", color=colour, label=f"epoch {measurement.epoch}")
-        axis.fill_between(noise, low, high, color=colour, alpha=0.15)
-        largest = max(largest, *value)
-    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axis.set_xscale("log")
-    if largest > 3:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xticks(NOISE_TICKS, labels=map(str, NOISE_TICKS))
-    axis.xaxis.set_minor_formatter("")
-    axis.set_xlabel("standard deviation of the noise, as a multiple of the image's coefficient")
-    axis.set_ylabel("error of unseen images,\nas a multiple of training images'")
-    axis.grid(alpha=0.3)
-    if len(measurements) > 1:
-        axis.legend(fontsize=8)
-    _save(figure, path)
-
-
-def _new_figure(rows: int, columns: int, width: float = 11, height: float = 2.5) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its axes, row by row; `height` is that of a row."""
-    from matplotlib.figure import Figure  # without pyplot no display is looked for
-
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flatten())
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with plotting(path, 7, 3.4) as figure:
+        axis = figure.subplots()
+        largest = 1.0
+        for number, measurement in enumerate(measurements):
+            gaps = measurement.gap_by_noise
+            noise = [gap["noise"] for gap in gaps]
+            value, low, high = ([1 + gap[key] for gap in gaps] for key in ("value", "low", "high"))
+            colour = f"C{number}" if len(measurements) < 10 else str(0.8 * (1 - number / len(measurements)))
+            axis.plot(noise, value, marker=".", color=colour, label=f"epoch {measurement.epoch}")
+            axis.fill_between(noise, low, high, color=colour, alpha=0.15)
+            largest = max(largest, *value)
+        axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axis.set_xscale("log")
+        if largest > 3:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xticks(NOISE_TICKS, labels=map(str, NOISE_TICKS))
+        axis.xaxis.set_minor_formatter("")
+        axis.set_xlabel("standard deviation of the noise, as a multiple of the image's coefficient")
+        axis.set_ylabel("error of unseen images,\nas a multiple of training images'")
+        axis.grid(alpha=0.3)
+        if len(measurements) > 1:
+            axis.legend(fontsize=8)

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from evaluation.meanings import MEANINGS, format_figure, table_rows
 from evaluation.measure import Measurement
 from evaluation.plots import plot_bits, plot_gap, plot_over_time
 from evaluation.report_html import Pair, Plot, write_html
-from utils.files import replacing
+from utils.files import write_json
 from utils.images import enlarge, image_grid, save_image, to_pil
 
 GRID_IMAGES = 64
@@ -191,8 +190,7 @@ def write_report(measurements: Sequence[Measurement], data: EvaluationData, fold
     """
     last = measurements[-1]
     report = _report_content(measurements, data)
-    with replacing(folder / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / "report.json", report)
 
     # Images
     scale = max(1, 64 // last.samples.shape[-1])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from evaluation.meanings import MEANINGS, format_figure
-from utils.files import replacing
+from utils.files import write_text
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -76,8 +76,7 @@ def write_html(path: Path, report: dict[str, Any], grids: dict[str, Image.Image]
     if len(report["runs"]) > 1:
         parts += _figures_by_epoch(report["runs"])
     parts.append("</html>\n")
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(parts), encoding="utf-8")
+    write_text(path, "\n".join(parts))
 
 
 def _introduction(report: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any
 from evaluation.meanings import table_rows
 from models.pipeline import BY_EARLIER
 from utils.errors import UserError, first_line, printable
+from utils.tables import markdown_table
 
 DEFAULT_FOLDER = Path("outputs/evaluation")  # where evaluate.py writes
 
@@ -42,19 +43,14 @@ def report_markdown(path: Path, checkpoint: Path) -> str:
                         f"{checkpoint}` measures it")
     try:
         heading, *rows = table_rows(run["figures"])
-        lines = [_row(heading), _row(["---"] * len(heading)), *map(_row, rows)]
         sentences = [f"- {printable(line)}" for line in [*run["verdict"], *run.get("notes", ())]]
         if (run.get("sampling") or {}).get("guide") == BY_EARLIER:
             sentences.append("- The samples were guided away from an earlier network, which this model was exported "
                              "without; it draws less well than these figures say.")
-        return "\n".join([printable(report["summary"]), "", *lines, "", *sentences])
+        return "\n".join([printable(report["summary"]), "", markdown_table(heading, rows), "", *sentences])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a report of this version of evaluate.py ({first_line(error)}); run it "
                         f"again") from error
-
-
-def _row(cells: list[str] | tuple[str, ...]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _read(path: Path) -> dict[str, Any]:

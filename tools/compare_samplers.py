@@ -33,8 +33,10 @@ from reverse_diffusion import SAMPLERS
 from utils.cli import device_setting, parse, seed_setting, setting
 from utils.device import describe_device, pick_device
 from utils.errors import one_line_errors, printable
-from utils.files import replacing
+from utils.files import write_json, write_text
 from utils.images import to_uint8
+from utils.plots import plotting
+from utils.tables import markdown_table
 
 GROUPS = 8  # of the jackknife
 BATCH_SIZE = 64
@@ -108,7 +110,7 @@ def main() -> None:
                 if (variant.name, steps) not in measured:
                     row = measure(drawn_by, variant, steps, settings, drawn_by.class_labels(types), reference)
                     results["rows"].append(row)
-                    write_text(output.with_suffix(".json"), json.dumps(results, indent=1))
+                    write_json(output.with_suffix(".json"), results)
 
         # Report.
         table = as_table(results, variants, FEW_STEPS_BASELINE if settings.tuned else BASELINE)
@@ -224,44 +226,34 @@ def as_table(results: dict, variants: Sequence[Variant], baseline: tuple[str, in
     """Return a Markdown table with a row for each sampler and number of steps, and its difference to the baseline."""
     distances = distances_of(results)
     sampler, steps = baseline
-    lines = [f"| sampler | steps | distance to unseen critters | difference to `{sampler}` in {steps} steps |",
-             "| --- | --- | --- | --- |"]
+    head = ["sampler", "steps", "distance to unseen critters", f"difference to `{sampler}` in {steps} steps"]
+    rows = []
     for variant in variants:
         for steps in variant.steps:
             measured = distances[variant.name, steps]
             value, error = with_error(measured)
             difference, difference_error = with_error(np.subtract(measured, distances[baseline]))
-            lines.append(f"| `{variant.name}` | {steps} | {value:.4f} ± {error:.4f} "
-                         f"| {difference:+.4f} ± {difference_error:.4f} |")
+            rows.append([f"`{variant.name}`", str(steps), f"{value:.4f} ± {error:.4f}",
+                         f"{difference:+.4f} ± {difference_error:.4f}"])
     value, error = with_error(results["real"])
-    return "\n".join([*lines, f"| other unseen critters | | {value:.4f} ± {error:.4f} | |"])
+    return markdown_table(head, [*rows, ["other unseen critters", "", f"{value:.4f} ± {error:.4f}", ""]])
 
 
 def draw_plot(results: dict, variants: Sequence[Variant], path: Path) -> None:
     """Plot distance against steps, a curve for each sampler, with standard errors."""
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axis = figure.subplots()
-    for variant in variants:
-        rows = [row for row in results["rows"] if row["sampler"] == variant.name]
-        rows.sort(key=lambda row: row["steps"])
-        values, errors = zip(*(with_error(row["distances"]) for row in rows))
-        axis.errorbar([row["steps"] for row in rows], values, errors, marker="o", capsize=3, label=variant.name)
-    axis.axhline(with_error(results["real"])[0], color="black", linestyle=":", label="other unseen critters")
-    axis.set_xscale("log")
-    axis.set_xlabel("steps (each a network pass for each image; two with guidance)")
-    axis.set_ylabel("sliced Wasserstein distance of patches")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole at any moment."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with plotting(path, 7, 4) as figure:
+        axis = figure.subplots()
+        for variant in variants:
+            rows = [row for row in results["rows"] if row["sampler"] == variant.name]
+            rows.sort(key=lambda row: row["steps"])
+            values, errors = zip(*(with_error(row["distances"]) for row in rows))
+            axis.errorbar([row["steps"] for row in rows], values, errors, marker="o", capsize=3, label=variant.name)
+        axis.axhline(with_error(results["real"])[0], color="black", linestyle=":", label="other unseen critters")
+        axis.set_xscale("log")
+        axis.set_xlabel("steps (each a network pass for each image; two with guidance)")
+        axis.set_ylabel("sliced Wasserstein distance of patches")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from training.labels import parse_types
 from utils.cli import device_setting, parse, seed_setting, setting
 from utils.device import pick_device
 from utils.errors import one_line_errors, printable
-from utils.files import replacing
 from utils.images import to_uint8
+from utils.plots import plotting
 
 ROWS = ("the path", "predicted before tuning", "predicted after tuning")
 
@@ -98,20 +98,16 @@ def predictions(before: Pipeline, tuned: Pipeline, labels: torch.Tensor | None, 
 
 def draw(rows: list[torch.Tensor], timesteps: list[int], path: Path) -> None:
     """Draw the rows of images, with their names, under the timesteps."""
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
-
-    figure = Figure(figsize=(1.3 * len(timesteps) + 0.5, 1.4 * len(rows) + 0.3), layout="constrained")
-    axes = figure.subplots(len(rows), len(timesteps), squeeze=False)
-    for images, name, row in zip(rows, ROWS, axes):
-        for image, t, axis in zip(images, timesteps, row):
-            axis.imshow(image.permute(1, 2, 0).numpy())
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if name == ROWS[0]:
-                axis.set_title(f"t = {t}", fontsize=9)
-        row[0].set_ylabel(name.replace(" before", "\nbefore").replace(" after", "\nafter"), fontsize=9)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    with plotting(path, 1.3 * len(timesteps) + 0.5, 1.4 * len(rows) + 0.3) as figure:
+        axes = figure.subplots(len(rows), len(timesteps), squeeze=False)
+        for images, name, row in zip(rows, ROWS, axes):
+            for image, t, axis in zip(images, timesteps, row):
+                axis.imshow(image.permute(1, 2, 0).numpy())
+                axis.set_xticks([])
+                axis.set_yticks([])
+                if name == ROWS[0]:
+                    axis.set_title(f"t = {t}", fontsize=9)
+            row[0].set_ylabel(name.replace(" before", "\nbefore").replace(" after", "\nafter"), fontsize=9)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from critters import draw_critter
 from forward_diffusion import SCHEDULES, NoiseScheduler
 from utils.cli import parse, setting
 from utils.errors import UserError, one_line_errors, printable
-from utils.files import replacing
 from utils.images import decode_error, decode_image
+from utils.plots import plotting
 
 CRITTER = 3  # index of the critter that is shown without an image
 
@@ -63,47 +63,39 @@ def load_x_0(path: str, image_size: int) -> torch.Tensor:
 
 def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> None:
     """Plot one image [1, 3, H, W] at `columns` timesteps, in a row for each schedule."""
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
-
-    figure = Figure(figsize=(1.35 * columns, 3.3), layout="constrained")
-    axes = figure.subplots(len(SCHEDULES), columns)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    for row, schedule in enumerate(SCHEDULES):
-        scheduler = NoiseScheduler(schedule=schedule)
-        timesteps = np.linspace(0, scheduler.num_timesteps - 1, columns).round().astype(int)
-        for axis, t in zip(axes[row], timesteps):
-            x_t = scheduler.add_noise(x_0, torch.tensor([t]), noise)
-            axis.imshow(((x_t[0].permute(1, 2, 0).clamp(-1, 1) + 1) / 2).numpy())
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_title(f"t = {t}", fontsize=9)
-        axes[row][0].set_ylabel(schedule)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    with plotting(path, 1.35 * columns, 3.3) as figure:
+        axes = figure.subplots(len(SCHEDULES), columns)
+        for row, schedule in enumerate(SCHEDULES):
+            scheduler = NoiseScheduler(schedule=schedule)
+            timesteps = np.linspace(0, scheduler.num_timesteps - 1, columns).round().astype(int)
+            for axis, t in zip(axes[row], timesteps):
+                x_t = scheduler.add_noise(x_0, torch.tensor([t]), noise)
+                axis.imshow(((x_t[0].permute(1, 2, 0).clamp(-1, 1) + 1) / 2).numpy())
+                axis.set_xticks([])
+                axis.set_yticks([])
+                axis.set_title(f"t = {t}", fontsize=9)
+            axes[row][0].set_ylabel(schedule)
 
 
 def draw_schedules(path: Path) -> None:
     """Plot beta, alpha-bar and the signal-to-noise ratio of both schedules."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for schedule in SCHEDULES:
-        scheduler = NoiseScheduler(schedule=schedule)
-        axes[0].plot(scheduler.betas.numpy(), label=schedule)
-        axes[1].plot(scheduler.alphas_cumprod.numpy(), label=schedule)
-        axes[2].plot(scheduler.snr().numpy(), label=schedule)
-    titles = ("β: variance of the noise of each step", "ᾱ: fraction of the image's variance left",
-              "ᾱ / (1 - ᾱ): signal-to-noise ratio")
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("t")
-        axis.grid(alpha=0.3)
-        axis.legend()
-    axes[0].set_yscale("log")
-    axes[2].set_yscale("log")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=100)
+    with plotting(path, 12, 3.4) as figure:
+        axes = figure.subplots(1, 3)
+        for schedule in SCHEDULES:
+            scheduler = NoiseScheduler(schedule=schedule)
+            axes[0].plot(scheduler.betas.numpy(), label=schedule)
+            axes[1].plot(scheduler.alphas_cumprod.numpy(), label=schedule)
+            axes[2].plot(scheduler.snr().numpy(), label=schedule)
+        titles = ("β: variance of the noise of each step", "ᾱ: fraction of the image's variance left",
+                  "ᾱ / (1 - ᾱ): signal-to-noise ratio")
+        for axis, title in zip(axes, titles):
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("t")
+            axis.grid(alpha=0.3)
+            axis.legend()
+        axes[0].set_yscale("log")
+        axes[2].set_yscale("log")
 
 
 if __name__ == "__main__":

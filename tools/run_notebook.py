@@ -25,7 +25,7 @@ from PIL import Image
 
 from utils.cli import parse, setting
 from utils.errors import UserError, one_line_errors, printable
-from utils.files import replacing
+from utils.files import write_text
 from utils.packages import optional_package
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -144,8 +144,7 @@ def write_notebook(book: Any, path: Path) -> None:
                                     f"with: {last_line(cell.source)}")
     book.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                      "language_info": {"name": "python"}}
-    with replacing(path) as temporary:
-        temporary.write_text(nbformat.writes(book) + "\n", encoding="utf-8", newline="\n")
+    write_text(path, nbformat.writes(book) + "\n")
 
 
 def joined_streams(outputs: list[Any]) -> list[Any]:

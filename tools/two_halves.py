@@ -15,7 +15,6 @@ half), similarity.png, results.md and results.json. Trainings that were stopped 
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -32,10 +31,12 @@ from training.run_dir import run_folder
 from utils.cli import check_sub_folder, device_setting, parse, seed_setting, setting
 from utils.device import pick_device
 from utils.errors import UserError, one_line_errors
-from utils.files import keep_settings, replacing
+from utils.files import keep_settings, write_json, write_text
 from utils.images import image_grid, save_image, save_images, to_uint8
+from utils.plots import plotting
 from utils.processes import interrupt_on_sigterm, run_python
 from utils.seeding import seed_from
+from utils.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
 HALVES = ("a", "b")
@@ -213,10 +214,8 @@ def _unit(images: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 def write_results(folder: Path, rows: Sequence[dict[str, Any]], sheets: Sequence[torch.Tensor], columns: int) -> None:
     """Write results.json, results.md, similarity.png and samples.png."""
-    with replacing(folder / "results.json") as path:
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-    with replacing(folder / "results.md") as path:
-        path.write_text(table(rows) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", rows)
+    write_text(folder / "results.md", table(rows) + "\n")
     names = [f"{row['title']}: {text}" for row in rows
              for text in ("half a", "nearest image of a", "half b", "nearest image of b")]
     pictures = torch.cat(list(sheets))
@@ -227,34 +226,29 @@ def write_results(folder: Path, rows: Sequence[dict[str, Any]], sheets: Sequence
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return a table in Markdown: the median similarity of a sample to each other image, with the quartiles."""
-    lines = ["| images | " + " | ".join(MEASURES.values()) + " | copies of its own half |",
-             "| --- |" + " ---: |" * (len(MEASURES) + 1)]
+    lines = []
     for row in rows:
-        cells = []
+        cells = [row["title"]]
         for name in MEASURES:
             low, middle, high = torch.tensor(row[name]).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        lines.append(f"| {row['title']} | {' | '.join(cells)} | {100 * row['copies']:.0f} % |")
-    return "\n".join(lines)
+        lines.append([*cells, f"{100 * row['copies']:.0f} %"])
+    return markdown_table(["images", *MEASURES.values(), "copies of its own half"], lines, numbers=True)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot the distributions of the similarities, a panel for each data set."""
-    from matplotlib.figure import Figure  # without pyplot no display is looked for
-
-    figure = Figure(figsize=(2 + 3 * len(rows), 2.8), layout="constrained")
-    axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
-    bins = torch.linspace(-0.2, 1, 25).tolist()
-    for axis, row in zip(axes, rows):
-        for name, colour in (("other_noise", "0.75"), ("nearest_own", "C1"), ("agreement", "C0")):
-            weights = [1 / len(row[name])] * len(row[name])
-            axis.hist(row[name], bins, weights=weights, alpha=0.65, color=colour, label=MEASURES[name])
-        axis.set_title(row["title"], fontsize=9)
-        axis.set_xlabel("similarity of a sample to ...")
-    axes[0].set_ylabel("fraction of samples")
-    axes[0].legend(fontsize=7)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with plotting(path, 2 + 3 * len(rows), 2.8) as figure:
+        axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
+        bins = torch.linspace(-0.2, 1, 25).tolist()
+        for axis, row in zip(axes, rows):
+            for name, colour in (("other_noise", "0.75"), ("nearest_own", "C1"), ("agreement", "C0")):
+                weights = [1 / len(row[name])] * len(row[name])
+                axis.hist(row[name], bins, weights=weights, alpha=0.65, color=colour, label=MEASURES[name])
+            axis.set_title(row["title"], fontsize=9)
+            axis.set_xlabel("similarity of a sample to ...")
+        axes[0].set_ylabel("fraction of samples")
+        axes[0].legend(fontsize=7)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from utils.files import replacing
+from utils.files import write_text
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/help"
 WIDTH = 100
@@ -46,8 +46,7 @@ COMMANDS = {
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for command, name in COMMANDS.items():
-        with replacing(FOLDER / name) as temporary:
-            temporary.write_text(help_text(command), encoding="utf-8", newline="\n")
+        write_text(FOLDER / name, help_text(command))
         print(f"wrote docs/help/{name}")
 
 

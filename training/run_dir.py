@@ -27,6 +27,7 @@ from training.event_log import EventLog
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.device import peak_memory
 from utils.files import replacing
+from utils.plots import plotting
 
 RETRY_SECONDS = 60  # after a save that failed
 Errors = type[Exception] | tuple[type[Exception], ...]
@@ -296,18 +297,12 @@ class RunDir:
 
     def draw_loss(self, path: Path) -> None:
         """Plot the loss of each epoch on logarithmic axes, where a steady improvement is a straight line."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-        axis.loglog([row["epoch"] for row in self.history], [row["loss"] for row in self.history])
-        axis.set_xlabel("epoch")
-        axis.set_ylabel("loss")
-        axis.grid(alpha=0.3, which="both")
-        figure.savefig(path, dpi=120)
-        plt.close(figure)
+        with plotting(path, 7, 4) as figure:
+            axis = figure.subplots()
+            axis.loglog([row["epoch"] for row in self.history], [row["loss"] for row in self.history])
+            axis.set_xlabel("epoch")
+            axis.set_ylabel("loss")
+            axis.grid(alpha=0.3, which="both")
 
 
 class StopOnSignal:

@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders (write beside the target, then rename), and JSON files that are kept."""
+"""Atomic replacement of files and folders (write beside the target, then rename), and settings that are kept."""
 
 from __future__ import annotations
 
@@ -157,6 +157,17 @@ def naming(path: str | Path) -> Iterator[None]:
                          ) from error
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole at any moment."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, whole at any moment."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file; empty if there is none. Raises ValueError, naming it, if it is damaged."""
     if not path.exists():
@@ -175,9 +186,7 @@ def keep_settings(path: str | Path, settings: dict[str, Any]) -> None:
     """
     path, settings = Path(path), json.loads(json.dumps(settings))  # as they come back from the file
     if not path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        return
+        return write_json(path, settings)
     try:
         before = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:

@@ -1,5 +1,9 @@
-"""The style of the figures that explain: white, calm, few colours, and text that is readable at 800 pixels.
+"""Figures of matplotlib: plain plots of results, and those that explain, in a style of their own.
 
+That style is white and calm, with few colours, and text that is readable at 800 pixels.
+
+    with plotting("outputs/loss.png", 7, 4) as figure:
+        figure.subplots().loglog(epochs, losses)
     with drawing("outputs/weights.png", 8, 4) as figure:
         axis = figure.subplots()
         axis.plot(t, weight, color=COLOURS["blue"])
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PLOT_DPI = 110
 DPI = 160  # twice 80: sharp where a screen has two pixels for one
 COLOURS = {"ink": "#1f3a5f", "blue": "#3f78b5", "orange": "#d9772b", "green": "#4b9560", "red": "#bf4b54",
            "violet": "#7d64a8", "grey": "#8d949b", "pale": "#d5dbe1"}
@@ -31,6 +36,15 @@ STYLE = {
     "axes.grid": False, "grid.color": "#e3e7eb", "legend.frameon": False, "lines.linewidth": 1.8,
     "figure.facecolor": "white", "savefig.facecolor": "white", "mathtext.fontset": "cm",
 }
+
+
+@contextlib.contextmanager
+def plotting(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+    """Yield an empty figure of width x height inches; if the block ends well, it is written to `path`."""
+    figure = _new_figure(width, height)
+    yield figure
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=PLOT_DPI)
 
 
 @contextlib.contextmanager
@@ -48,10 +62,15 @@ def drawing(path: str | Path, width: float, height: float) -> Iterator[Figure]:
 def styled(width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure of width x height inches, in which everything is drawn in the common style."""
     import matplotlib
-    from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
 
     with matplotlib.rc_context(STYLE):
-        yield Figure(figsize=(width, height), layout="constrained")
+        yield _new_figure(width, height)
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend that may need a screen
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def to_image(figure: Figure, dpi: int) -> Image.Image:

@@ -14,7 +14,6 @@ largest. The tables go to the screen, everything measured to outputs/benchmark.j
 from __future__ import annotations
 
 import importlib
-import json
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from utils.cli import device_setting, parse, precision_setting, setting
 from utils.cuda_graph import ORDINARY_CALLS
 from utils.device import describe_device, peak_memory, pick_device, pick_precision, use_fast_kernels
 from utils.errors import first_line, one_line_errors
-from utils.files import replacing
+from utils.files import write_json
 
 
 @dataclass
@@ -186,8 +185,7 @@ def profile_step(unet_config: UNetConfig, settings: Settings, device: torch.devi
 
 def write_report(path: Path, **content: Any) -> None:
     """Write what was measured as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_json(path, content)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tools.benchmark.roofline import Row
+from utils.tables import markdown_table
 
 
 def training_table(results: dict[str, dict[str, Any]]) -> str:
@@ -17,8 +18,8 @@ def training_table(results: dict[str, dict[str, Any]]) -> str:
         rows.append([name + compiled, _spread(figures), speedup, f"{figures['gflop_forward']:.1f}",
                      f"{figures['matmul_fraction']:.0%}", f"{figures['data_wait']:.1%}",
                      f"{figures['peak_memory'] / 1e9:.2f} GB"])
-    return _table(["training", "images/s", "speedup", "GFLOP per image, forward", "of matmul rate", "data wait",
-                   "peak memory"], rows)
+    head = ["training", "images/s", "speedup", "GFLOP per image, forward", "of matmul rate", "data wait", "peak memory"]
+    return markdown_table(head, rows, numbers=True)
 
 
 def sampling_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
@@ -30,23 +31,17 @@ def sampling_table(results: dict[str, dict[str, dict[str, Any]]]) -> str:
         speeds = [_spread(results[precision][sampler]) for precision in precisions]
         speedup = [f"{figures['speedup']:.2f}"] if compares else []
         rows.append([sampler, *speeds, *speedup, f"{figures['gflop_image']:,.0f}", str(figures["passes"])])
-    return _table(["sampling", *(f"images/s, {precision}" for precision in precisions), *["speedup"] * compares,
-                   "GFLOP per image", "passes timed"], rows)
+    head = ["sampling", *(f"images/s, {precision}" for precision in precisions), *["speedup"] * compares,
+            "GFLOP per image", "passes timed"]
+    return markdown_table(head, rows, numbers=True)
 
 
 def profile_table(rows: Sequence[Row]) -> str:
     """Return a row per kind of operation, and their sum."""
     total = Row("all", *(sum(getattr(row, name) for row in rows) for name in ("seconds", "flops", "bytes", "floor")))
-    return _table(["", "ms", "fraction", "GFLOP", "GB", "floor, ms"], [
+    return markdown_table(["", "ms", "fraction", "GFLOP", "GB", "floor, ms"], [
         [row.kind, f"{1e3 * row.seconds:,.1f}", f"{row.seconds / total.seconds:.0%}", f"{row.flops / 1e9:,.0f}",
-         f"{row.bytes / 1e9:,.2f}", f"{1e3 * row.floor:,.1f}"] for row in [*rows, total]])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first column is text, the others are numbers."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
-    lines.insert(1, "| --- |" + " ---: |" * (len(head) - 1))
-    return "\n".join(lines)
+         f"{row.bytes / 1e9:,.2f}", f"{1e3 * row.floor:,.1f}"] for row in [*rows, total]], numbers=True)
 
 
 def _spread(figures: dict[str, Any]) -> str:

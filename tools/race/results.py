@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 
 from evaluation.meanings import MEANINGS, format_figure
-from utils.files import replacing
+from utils.files import write_json, write_text
 from utils.images import image_grid, save_image
+from utils.plots import plotting
+from utils.tables import markdown_table
 
 SCORES = ("efficientnet_kid", "wasserstein", "clean", "black_corner", "copies", "copies_ratio")  # columns of the table
 WITH_INTERVAL = ("efficientnet_kid", "wasserstein")
@@ -27,14 +28,12 @@ def write_results(folder: Path, settings: dict[str, Any], machine: dict[str, Any
         titles: of the contenders, in the order of the table.
     """
     content = dict(settings=settings, machine=machine, data=description, contenders=results)
-    with replacing(folder / "results.json") as path:
-        path.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    write_json(folder / "results.json", content)
     ranked = {name: results[name] for name in titles if results.get(name)}
     if not ranked:
         return
     last = f"{settings['minutes'][-1]:g}"
-    with replacing(folder / "results.md") as path:
-        path.write_text(f"{table(ranked, titles, last)}\n", encoding="utf-8")
+    write_text(folder / "results.md", f"{table(ranked, titles, last)}\n")
     plot(ranked, titles, folder / "curve.png")
     strip(folder, ranked, titles, last)
 
@@ -52,8 +51,7 @@ def table(results: dict[str, dict[str, Any]], titles: Mapping[str, str], minutes
             real = row["figures"]
     if real is not None:
         rows.append(["real images", "", "", "", *(_cell(real.get(name, {}).get("real"), name) for name in SCORES)])
-    lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
-    return "\n".join([lines[0], "| --- |" + " ---: |" * (len(head) - 1), *lines[1:]])
+    return markdown_table(head, rows, numbers=True)
 
 
 def _cell(figure: dict[str, float] | None, name: str) -> str:
@@ -63,37 +61,33 @@ def _cell(figure: dict[str, float] | None, name: str) -> str:
 
 def plot(results: dict[str, dict[str, Any]], titles: Mapping[str, str], path: Path) -> None:
     """Plot KID against minutes on logarithmic axes, with its intervals; the dotted line is that of real images."""
-    from matplotlib.figure import Figure  # without pyplot no display is looked for
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axis = figure.subplots()
-    floor = None
-    for number, (name, by_minutes) in enumerate(results.items()):
-        points = [(float(minutes), row["figures"]["efficientnet_kid"]) for minutes, row in by_minutes.items()
-                  if "efficientnet_kid" in row["figures"]]
-        points.sort(key=lambda point: point[0])
-        if not points:
-            continue
-        values = [1000 * kid["value"] for _, kid in points]
-        errors = [[1000 * (kid["value"] - kid["low"]) for _, kid in points],
-                  [1000 * (kid["high"] - kid["value"]) for _, kid in points]]
-        axis.errorbar([minutes for minutes, _ in points], values, errors, marker="o", markersize=4, capsize=3,
-                      color=f"C{number}", label=titles[name])
-        floor = 1000 * points[-1][1]["real"]["high"]
-    if floor is not None and floor > 0:
-        axis.axhline(floor, color="black", linestyle=":", label="real images, upper end of the interval")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xticks(sorted({float(minutes) for row in results.values() for minutes in row}))
-    axis.xaxis.set_major_formatter("{x:g}")
-    axis.xaxis.set_minor_formatter("")
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.set_xlabel("minutes of training")
-    axis.set_ylabel("KID × 1000, EfficientNet (lower is better)")
-    axis.grid(alpha=0.3, which="both")
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110)
+    with plotting(path, 8, 4.2) as figure:
+        axis = figure.subplots()
+        floor = None
+        for number, (name, by_minutes) in enumerate(results.items()):
+            points = [(float(minutes), row["figures"]["efficientnet_kid"]) for minutes, row in by_minutes.items()
+                      if "efficientnet_kid" in row["figures"]]
+            points.sort(key=lambda point: point[0])
+            if not points:
+                continue
+            values = [1000 * kid["value"] for _, kid in points]
+            errors = [[1000 * (kid["value"] - kid["low"]) for _, kid in points],
+                      [1000 * (kid["high"] - kid["value"]) for _, kid in points]]
+            axis.errorbar([minutes for minutes, _ in points], values, errors, marker="o", markersize=4, capsize=3,
+                          color=f"C{number}", label=titles[name])
+            floor = 1000 * points[-1][1]["real"]["high"]
+        if floor is not None and floor > 0:
+            axis.axhline(floor, color="black", linestyle=":", label="real images, upper end of the interval")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xticks(sorted({float(minutes) for row in results.values() for minutes in row}))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("minutes of training")
+        axis.set_ylabel("KID × 1000, EfficientNet (lower is better)")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def strip(folder: Path, results: dict[str, dict[str, Any]], titles: Mapping[str, str], minutes: str) -> None:

@@ -11,7 +11,6 @@ outputs/study/ (results.py).
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -23,7 +22,7 @@ from training.labels import find_labels
 from training.run_dir import run_folder
 from utils.cli import check_sub_folder, parse, setting
 from utils.errors import one_line_errors
-from utils.files import read_json, replacing
+from utils.files import read_json, write_json
 
 WORDS = (*CONFIGURATIONS, *GROUPS["holdout"], *ABLATIONS, *GROUPS, *KINDS, "nothing")
 
@@ -111,8 +110,7 @@ def save_study(name: str, study: Study) -> None:
     """Write settings.json, unless it is there already."""
     path = run_folder("outputs", name) / "settings.json"
     if not path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(study), indent=1) + "\n")
+        write_json(path, asdict(study))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,6 @@ Every number is read from what train.py, generate.py and evaluate.py wrote. What
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,8 @@ from reverse_diffusion import SAMPLERS
 from tools.study.plan import ABLATIONS, LONG_RUNS, RUNS, milestone_epochs
 from tools.study.plots import draw_plots
 from training.run_dir import run_folder
-from utils.files import read_json, replacing
+from utils.files import read_json, write_json, write_text
+from utils.tables import markdown_table
 
 OVER_TIME = ("bits_train", "bits_held_out", "bits_gap", "copies", "precision", "recall", "coverage", "wasserstein",
              "wasserstein_fine")  # columns of a long run's table
@@ -50,10 +49,8 @@ def write_results(name: str) -> Path:
             counts["seconds"] = progress.get(f"sample {run} {sampler}")
         if run in LONG_RUNS:
             draw_plots(folder / run, milestone_epochs(settings.get("epochs", 0)))
-    with replacing(folder / "results.json") as path:
-        path.write_text(json.dumps(dict(settings=settings, seconds=progress, runs=results), indent=1) + "\n")
-    with replacing(folder / "results.md") as path:
-        path.write_text(markdown(settings, results, folder), encoding="utf-8")
+    write_json(folder / "results.json", dict(settings=settings, seconds=progress, runs=results))
+    write_text(folder / "results.md", markdown(settings, results, folder))
     return folder / "results.md"
 
 
@@ -106,11 +103,6 @@ def markdown(settings: dict[str, Any], results: dict[str, dict], folder: Path) -
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
-
-
 def cost_table(results: dict[str, dict]) -> str:
     rows = []
     for run, about in RUNS.items():
@@ -120,7 +112,8 @@ def cost_table(results: dict[str, dict]) -> str:
             cells = [f"{cost['seconds'] / 60:.1f} min", f"{cost['images'] / cost['seconds']:,.0f}",
                      f"{cost['peak_memory'] / 2**30:.2f} GiB"]
         rows.append([run, about, str(result.get("epochs") or NONE), *cells])
-    return table(["run", "configuration", "epochs", "time, with grids and saves", "images/s", "peak memory"], rows)
+    head = ["run", "configuration", "epochs", "time, with grids and saves", "images/s", "peak memory"]
+    return markdown_table(head, rows)
 
 
 def sampler_table(results: dict[str, dict]) -> str:
@@ -129,7 +122,7 @@ def sampler_table(results: dict[str, dict]) -> str:
         for sampler, counts in result["samples"].items():
             seconds = NONE if counts["seconds"] is None else f"{counts['seconds']:.0f} s"
             rows.append([run, f"`{sampler}`", *(str(counts[key]) for key in ("number", *ARTIFACTS)), seconds])
-    return table(["run", "sampler", "samples", *ARTIFACTS.values(), "time, with start-up"], rows)
+    return markdown_table(["run", "sampler", "samples", *ARTIFACTS.values(), "time, with start-up"], rows)
 
 
 def over_time_table(result: dict[str, Any]) -> str:
@@ -137,7 +130,7 @@ def over_time_table(result: dict[str, Any]) -> str:
             for checkpoint in result["evaluation"]]
     last = result["evaluation"][-1]["figures"]
     rows.append(["real images", *(cell(last, name, real=True) for name in OVER_TIME)])
-    return table(["epoch", *(MEANINGS[name].heading for name in OVER_TIME)], rows)
+    return markdown_table(["epoch", *(MEANINGS[name].heading for name in OVER_TIME)], rows)
 
 
 def ablation_table(results: dict[str, dict]) -> str:
@@ -146,7 +139,7 @@ def ablation_table(results: dict[str, dict]) -> str:
         evaluation = results.get(run, {}).get("evaluation")
         figures = evaluation[-1]["figures"] if evaluation else {}
         rows.append([RUNS[run], *(cell(figures, name) for name in COMPARED)])
-    return table(["change", *(MEANINGS[name].heading for name in COMPARED)], rows)
+    return markdown_table(["change", *(MEANINGS[name].heading for name in COMPARED)], rows)
 
 
 def cell(figures: dict[str, dict], name: str, real: bool = False) -> str:

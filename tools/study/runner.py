@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from tools.study.plan import Job
 from tools.study.results import write_results
 from training.run_dir import milestones, run_folder
-from utils.files import read_json, replacing
+from utils.files import read_json, write_json
 from utils.processes import interrupt_on_sigterm, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,8 +62,7 @@ def run_jobs(name: str, jobs: Sequence[Job], minutes: float) -> int:
                 failed.append(job.name)  # the script has printed why
             elif not job.creates:
                 progress[job.name] = round(time.monotonic() - started, 1)
-                with replacing(run_folder("outputs", name) / "progress.json") as path:
-                    path.write_text(json.dumps(progress, indent=1) + "\n")
+                write_json(run_folder("outputs", name) / "progress.json", progress)
     except subprocess.TimeoutExpired:
         print(f"stopped after {minutes:g} minutes; run the same command again to continue")
         status = TIMED_OUT
