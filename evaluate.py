@@ -46,6 +46,10 @@ from utils.cli import device_setting, parse, precision_setting, seed_setting, se
 from utils.device import describe_device, pick_device, pick_precision, use_fast_kernels
 from utils.errors import one_line_errors
 
+# Settings that say how samples are drawn, and those that only mean something with a checkpoint.
+OF_DRAWING = ("num_samples", "sampler", "steps", "guidance", "guide", "num_guided")
+OF_CHECKPOINT = ("labels", "label_column")
+
 
 @dataclass
 class Settings:
@@ -92,6 +96,15 @@ def check(settings: Settings) -> None:
         raise ValueError("--samples goes with one --checkpoint or none")
     if settings.samples and not settings.checkpoint and not settings.data:
         raise ValueError("--samples needs --data, the images to compare with, or --checkpoint, which knows them")
+    has_checkpoint = bool(settings.checkpoint or not settings.samples)
+    for names, is_ignored, reason in (
+        (OF_DRAWING, settings.samples, "goes without --samples, which are drawn already"),
+        (OF_CHECKPOINT, not has_checkpoint, "needs --checkpoint, which knows types"),
+        (("image_size",), has_checkpoint, "goes without a checkpoint, which knows its size"),
+    ):
+        for name in names:
+            if is_ignored and getattr(settings, name) != getattr(Settings, name):
+                raise ValueError(f"--{name} {reason}: leave it out")
 
 
 def main() -> None:
