@@ -39,7 +39,7 @@ from evaluation.measure import (
     measure_samples,
 )
 from evaluation.report import table, write_report
-from models.pipeline import BY_EARLIER, BY_TYPES, DEFAULT_GUIDANCE, GUIDES, Pipeline, newest_checkpoint
+from models.pipeline import BY_EARLIER, BY_TYPES, DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS
 from training.labels import BEFORE_METADATA
 from utils.cli import device_setting, parse, precision_setting, seed_setting, setting
@@ -72,8 +72,9 @@ class Settings:
                                 "sampler)", kind=int, least=1)
     guidance: float = setting(1.0, "scale of the guidance (1 = off); higher values make samples less varied than the "
                               "data")
-    guide: str | None = setting(None, "what guidance goes away from, as in generate.py (default: earlier where all "
-                                      "checkpoints hold an earlier network, else types)", GUIDES, kind=str)
+    guide: str | None = setting(None, "what guidance goes away from, earlier, types, or the file of a checkpoint, as "
+                                      "in generate.py (default: earlier where all checkpoints hold an earlier network, "
+                                      "else types)", kind=str)
     num_guided: int = setting(200, "samples at guidance 3, generate.py's default, that are searched for copies as "
                               "well, of a model that can be guided; 0: none", least=0)
     num_likelihood: int = setting(200, "training images, and unseen images, whose bits and membership are estimated; "
@@ -160,7 +161,8 @@ def choose_guide(infos: list[CheckpointInfo], settings: Settings) -> None:
     for info in sorted(infos, key=lambda info: info.has_earlier):  # those first whose own default is the common one
         pipeline = Pipeline.load(info.path)
         try:
-            pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), given)
+            guide = pipeline.use_guide(given)
+            pipeline.choose_guide(settings.guidance, torch.zeros(1, len(pipeline.class_names)), guide)
         except ValueError as error:
             raise ValueError(f"{info.path}: {error}") from error
 
@@ -200,7 +202,8 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
              outside: EfficientNetFeatures | None) -> Measurement:
     """Measure one checkpoint, or the samples in a folder."""
     pipeline = Pipeline.load(info.path, device, settings.precision) if info else None
-    drawing = dict(guide=settings.guide, sampler=settings.sampler, steps=settings.steps, seed=settings.seed,
+    guide = pipeline.use_guide(settings.guide) if pipeline else None
+    drawing = dict(guide=guide, sampler=settings.sampler, steps=settings.steps, seed=settings.seed,
                    batch_size=settings.batch_size)
     if info:
         measurement = Measurement(str(info.path), info.epoch, trained_on=info.settings["data"])
@@ -211,6 +214,8 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
     else:
         measurement.samples, measurement.sampling = draw_samples(pipeline, data, settings.num_samples,
                                                                  guidance=settings.guidance, **drawing)
+        if measurement.sampling["guide"]:
+            measurement.sampling["guide"] = Path(settings.guide).name
     if pipeline and settings.num_likelihood:
         effort = (settings.num_likelihood, settings.likelihood_steps)
         measure_bits(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)

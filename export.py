@@ -12,7 +12,8 @@ written is whole or not there at all. See docs/exporting.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evaluation.report_markdown import find_report, report_markdown
@@ -20,6 +21,7 @@ from models.export import diffusers, onnx, web
 from models.export.card import Card
 from models.export.weights import write_half, write_safetensors
 from models.pipeline import Pipeline, newest_checkpoint
+from unet import UNet
 from utils.cli import parse, setting
 from utils.errors import UserError, one_line_errors
 from utils.files import naming
@@ -35,8 +37,9 @@ KEEP_EARLIER = ("pt", "safetensors")
 SUFFIXES = {"onnx": ".onnx", "pt": ".pt", "safetensors": ".safetensors"}
 FILE_SUFFIXES = {".onnx", ".safetensors", ".pt", ".pth", ".bin", ".zip", ".tgz", ".html", ".json", ".md", ".png"}
 # Settings that only some formats have.
-BELONGS_TO = {"half": ("onnx",), "max_types": ("diffusers", "web"), "runtime": ("web",), "report": ("diffusers",),
-              "license": ("diffusers",), "credit": ("diffusers",), "num_images": ("diffusers",)}
+BELONGS_TO = {"guide": KEEP_EARLIER, "half": ("onnx",), "max_types": ("diffusers", "web"), "runtime": ("web",),
+              "report": ("diffusers",), "license": ("diffusers",), "credit": ("diffusers",),
+              "num_images": ("diffusers",)}
 CRITTERS_CREDIT = "PokeDiff's built-in creatures, drawn by program."
 UNKNOWN_CREDIT = "The images it was trained on belong to their owners, whom this card does not name yet."
 
@@ -49,6 +52,9 @@ class Settings:
                              kind=str)
     output: Path | None = setting(None, "file or folder to write (default: in outputs/, named after the run)",
                                   kind=Path)
+    guide: Path | None = setting(None, "pt, safetensors: the checkpoint of less training whose network guidance goes "
+                                       "away from (default: the earlier network that the checkpoint holds)", kind=Path,
+                                 metavar="FILE")
     half: bool = setting(False, "onnx: store the weights as float16, in half of the bytes (web always does)")
     max_types: int | None = setting(None, "diffusers, web: largest set of types to offer (default: 2)", kind=int,
                                     least=1)
@@ -116,13 +122,30 @@ def write(settings: Settings, pipeline: Pipeline, checkpoint: Path, name: str, o
     elif settings.to == "web":
         web.write_web(pipeline, name, output, settings.runtime, max_types)
     elif settings.to == "pt":
-        write_half(checkpoint, output)
+        write_half(checkpoint, output, guide_to_keep(settings, pipeline))
     elif settings.to == "safetensors":
-        write_safetensors(checkpoint, output)
+        write_safetensors(checkpoint, output, guide_to_keep(settings, pipeline))
     elif output.suffix.lower() == ".onnx":
         onnx.write_file(pipeline, name, output, settings.half)
     else:
         onnx.write_folder(pipeline, name, output, settings.half)
+
+
+def guide_to_keep(settings: Settings, pipeline: Pipeline) -> UNet | None:
+    """Return the network of --guide, in the size of the checkpoint's own.
+
+    Raises:
+        ValueError: if it cannot have that size, or is of another training.
+    """
+    if settings.guide is None:
+        return None
+    pipeline.load_guide(settings.guide)
+    net, size = copy.deepcopy(pipeline.net), pipeline.earlier.config
+    if net.config != replace(size, dropout=net.config.dropout, blocks=max(size.blocks, net.config.blocks)):
+        raise ValueError(f"--guide {settings.guide} is of a network of another size, which a checkpoint cannot hold; "
+                         f"generate.py --guide takes it as it is")
+    net.load_shallower(pipeline.earlier)
+    return net
 
 
 def make_card(settings: Settings, pipeline: Pipeline, checkpoint: Path, name: str) -> Card:

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models.pipeline import DEFAULT_GUIDANCE, GUIDES, Pipeline, newest_checkpoint
+from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS, repeat_parts, slerp
 from training.labels import parse_types
 from utils.cli import MAX_SEED, device_setting, parse, precision_setting, seed_setting, setting
@@ -61,8 +61,9 @@ class Settings:
     guidance: float | None = setting(None, f"scale of the guidance; 1 is off (default: {DEFAULT_GUIDANCE:g} with "
                                            "--types, or where the checkpoint holds an earlier network)", kind=float)
     guide: str | None = setting(None, "what guidance goes away from; earlier: the network after less training, which "
-                                      "train.py --guide_at keeps; types: images of any type (default: earlier where "
-                                      "there is one)", GUIDES, kind=str)
+                                      "train.py --guide_at keeps; types: images of any type; or the file of a "
+                                      "checkpoint of less training, as epoch_0060.pt (default: earlier where there is "
+                                      "one)", kind=str)
     sampler: str | None = setting(None, "; ".join(f"{name}: {sampler.about}" for name, sampler in SAMPLERS.items())
                                   + " (default: the checkpoint's own, if its training chose one; else ddpm)",
                                   tuple(SAMPLERS), kind=str)
@@ -117,6 +118,7 @@ def main() -> None:
         use_fast_kernels()
         checkpoint = args.checkpoint or newest_checkpoint()
         pipeline = Pipeline.load(checkpoint, device, args.precision)
+        given_guide, args.guide = args.guide, pipeline.use_guide(args.guide)
 
         # Decide what to draw, and how.
         sampler, steps = choose_sampler(args, pipeline)
@@ -133,13 +135,14 @@ def main() -> None:
         if args.interpolate:
             settings |= dict(interpolate=list(args.interpolate))
         guidance, guide = choose_guidance(args, plan, pipeline)
-        settings |= dict(guidance=guidance) | (dict(guide=guide) if guide else {})
+        guide_name = Path(given_guide or guide).name if guide else ""
+        settings |= dict(guidance=guidance) | (dict(guide=guide_name) if guide else {})
         settings |= dict(image_size=pipeline.image_size, scale=args.scale)
         passes = count_passes(plan, steps)
         prepare_output(args, plan, pipeline.image_size)
         print(f"{checkpoint}: {len(plan.seeds)} images of {pipeline.image_size} x {pipeline.image_size}, {sampler} in "
               f"{steps} steps" + (f", repeated in {passes} passes" if passes > steps else "")
-              + (f", guidance {guidance:g}" if guide or any(plan.types) else "") + (f" ({guide})" if guide else "")
+              + (f", guidance {guidance:g}" if guide or any(plan.types) else "") + (f" ({guide_name})" if guide else "")
               + f", on {describe_device(device)}, {pipeline.precision}")
         if steps >= MANY_STEPS and args.sampler is None and not args.interpolate:
             print("hint: --sampler sde-dpm++ takes 20 steps, for images that are about as good")

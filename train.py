@@ -382,8 +382,7 @@ def check_same_network(config: Config, start: Pipeline, net: UNet, scheduler: No
                 autoencoder=space.fingerprint())
     size = replace(start.net.config, dropout=net.config.dropout, num_types=net.config.num_types,
                    blocks=max(start.net.config.blocks, net.config.blocks))
-    theirs = dict(size=size, types=start.class_names, prediction=start.prediction, schedule=start.scheduler.config(),
-                  autoencoder=start.space.fingerprint())
+    theirs = dict(size=size, **start.meaning)
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
         advice = "images with the same types" if different == ["types"] else "the flags that it was trained with"

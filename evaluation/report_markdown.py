@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.meanings import table_rows
-from models.pipeline import BY_EARLIER
+from models.pipeline import BY_TYPES
 from utils.errors import UserError, first_line, printable
 from utils.tables import markdown_table
 
@@ -44,7 +44,7 @@ def report_markdown(path: Path, checkpoint: Path) -> str:
     try:
         heading, *rows = table_rows(run["figures"])
         sentences = [f"- {printable(line)}" for line in [*run["verdict"], *run.get("notes", ())]]
-        if (run.get("sampling") or {}).get("guide") == BY_EARLIER:
+        if (run.get("sampling") or {}).get("guide") not in (None, BY_TYPES):
             sentences.append("- The samples were guided away from an earlier network, which this model was exported "
                              "without; it draws less well than these figures say.")
         return "\n".join([printable(report["summary"]), "", markdown_table(heading, rows), "", *sentences])

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from forward_diffusion import PREDICTIONS, NoiseScheduler
+from models.reproducible import in_full_batches, seeded_noise, seeded_steps
 from models.space import LatentSpace, PixelSpace, space_from_state
-from reverse_diffusion import Inpainting, default_steps, find_sampler, sample, slerp
+from reverse_diffusion import Inpainting, default_steps, find_sampler, sample
 from unet import UNet, UNetConfig
 from utils.checkpoint import CheckpointError, build_module, check_finite, load_checkpoint
 from utils.cuda_graph import CUDAGraphed
-from utils.device import autocast, memory_format, pick_precision
-from utils.seeding import seed_from
+from utils.device import memory_format, pick_precision
 
 NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and its class
 DEFAULT_GUIDANCE = 3.0  # where there is something to guide away from
@@ -195,6 +194,36 @@ class Pipeline:
                              f"(--label_dropout 0): leave {flag} out")
         return guide
 
+    def use_guide(self, guide: str | None) -> str | None:
+        """Return a `guide` as `choose_guide` knows it: for the path of a checkpoint, BY_EARLIER after `load_guide`."""
+        if guide is None or guide in GUIDES:
+            return guide
+        if not Path(guide).is_file():
+            raise ValueError(f"no guide {guide}: choose {', '.join(GUIDES)}, or the file of a checkpoint")
+        self.load_guide(guide)
+        return BY_EARLIER
+
+    def load_guide(self, path: str | Path) -> None:
+        """Guide away from the network of another checkpoint, of less training or smaller (Karras et al. 2024).
+
+        Raises:
+            CheckpointError: as `load` does.
+            ValueError: if its inputs and outputs mean something else.
+        """
+        other = Pipeline.load(path, self.device, self.precision)
+        ours, theirs = (dict(image_size=pipeline.image_size, **pipeline.meaning) for pipeline in (self, other))
+        different = [name for name in ours if ours[name] != theirs[name]]
+        if different:
+            raise ValueError(f"{path} cannot guide this checkpoint, since they differ in {' and '.join(different)}: "
+                             f"choose an earlier checkpoint of the same training")
+        self.earlier, self._earlier_network = other.net, other._network
+
+    @property
+    def meaning(self) -> dict[str, Any]:
+        """What the network's inputs and outputs mean; where it is equal, one network can take another's place."""
+        return dict(types=self.class_names, prediction=self.prediction, schedule=self.scheduler.config(),
+                    autoencoder=self.space.fingerprint())
+
     def class_labels(self, class_names: Sequence[Sequence[str]]) -> torch.Tensor:
         """Return multi-hot labels, float32 [N, K], of the classes of each image.
 
@@ -211,8 +240,7 @@ class Pipeline:
 
     def noise(self, seeds: Iterable[int]) -> torch.Tensor:
         """Return x_T, standard normal [B, *shape] on the CPU, image i from seeds[i] alone, equal on every device."""
-        shape = self.space.shape(self.image_size)
-        return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        return seeded_noise(seeds, self.space.shape(self.image_size))
 
     # -----------------------------------------------------------------------------------------------------------------
     # drawing
@@ -260,7 +288,7 @@ class Pipeline:
                 x_0 = sample(
                     self.denoise, self.scheduler, noise, sampler=sampler, steps=steps, prediction=self.prediction,
                     labels=None if labels is None else labels[part], guidance=guidance, worse=worse, start=start,
-                    draw_noise=_seeded_steps(noise, seeds[part], toward and (toward[0], toward[1][part])),
+                    draw_noise=seeded_steps(noise, seeds[part], toward and (toward[0], toward[1][part])),
                     callback=callback, **options,
                 )
             except torch.OutOfMemoryError:
@@ -312,44 +340,6 @@ class Pipeline:
     def _in_parts(self, function: Callable, x: torch.Tensor) -> torch.Tensor:
         return torch.cat([self._in_full_batches(function, part.to(self.device)).float().cpu()
                           for part in x.split(DECODE_BATCH)])
-
-
-@torch.no_grad()
-def in_full_batches(precision: str, function: Callable, *inputs: torch.Tensor) -> torch.Tensor:
-    """Call `function` on inputs whose rows are repeated up to a full batch.
-
-    On a CPU an image's last bits differ where a batch is no multiple of 4, because its rows are summed in another
-    order, and below 16 with a single thread, because PyTorch then chooses another 1x1 convolution. So rows are repeated
-    up to a multiple of 8 (twice what was found necessary), or 16.
-    """
-    n, device, multiple = len(inputs[0]), inputs[0].device, 16 if torch.get_num_threads() == 1 else 8
-    rows = torch.arange(math.ceil(n / multiple) * multiple, device=device) % n
-    x, *others = (part[rows] for part in inputs)
-    with autocast(device, precision):
-        return function(x.contiguous(memory_format=memory_format(device)), *others)[:n]
-
-
-def _seeded_steps(x_T: torch.Tensor, seeds: Sequence[int], toward: tuple[int, Sequence[float]] | None
-                  ) -> Callable[[], torch.Tensor]:
-    """Return a function that draws the noise of the next step, shaped as x_T; see `Pipeline.sample` for the others."""
-    def noises(seeds: Sequence[int]) -> Callable[[], torch.Tensor]:
-        # Not seeded with the seed itself, which made x_T: the first step's noise would repeat x_T.
-        generators = [torch.Generator().manual_seed(seed_from(seed, stream="steps")) for seed in seeds]
-        return lambda: torch.stack([torch.randn(x_T.shape[1:], generator=generator, dtype=x_T.dtype)
-                                    for generator in generators])
-
-    draw = noises(seeds)
-    draw_end = noises([toward[0]]) if toward else None
-
-    def draw_noise() -> torch.Tensor:
-        noise = draw()
-        if draw_end is not None:
-            noise = slerp(noise, draw_end(), torch.tensor(toward[1], dtype=x_T.dtype).view(-1, 1, 1, 1))
-        if x_T.is_cuda:  # from pinned memory nothing waits: the CPU draws while the GPU is busy with its pass
-            noise = noise.pin_memory()
-        return noise.to(x_T.device, non_blocking=x_T.is_cuda)
-
-    return draw_noise
 
 
 # ---------------------------------------------------------------------------------------------------------------------

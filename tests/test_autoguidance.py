@@ -180,6 +180,50 @@ def test_half_a_checkpoint_keeps_it(guided):
     torch.testing.assert_close(*images, rtol=0, atol=0.02)
 
 
+def test_another_checkpoint_can_be_the_guide(guided):
+    """The network of the second epoch, which the final checkpoint holds as well."""
+    folder = guided / "checkpoints"
+    flags = ("--checkpoint", folder / "final_model.pt")
+    expected, _ = generated(*flags)
+    images, settings = generated(*flags, "--guide", folder / "epoch_0002.pt", name="b")
+    assert settings["guide"] == "epoch_0002.pt"
+    assert all((a == b).all() for a, b in zip(images.values(), expected.values(), strict=True))
+    other, _ = generated(*flags, "--guide", folder / "epoch_0001.pt", name="c")
+    assert any((a != b).any() for a, b in zip(other.values(), expected.values()))
+
+
+def test_a_smaller_network_can_be_the_guide(guided, capsys):
+    assert call(train, *FLAGS, "--width", 4, "--run_name", "narrow") == 0
+    flags = ("--checkpoint", guided / "checkpoints/final_model.pt", "--guide", "checkpoints/narrow/final_model.pt")
+    assert generated(*flags)[1]["guide"] == "final_model.pt"
+    capsys.readouterr()
+    assert_one_line(call(export, *flags, "--to", "pt"), capsys, "another size", "generate.py --guide")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--guide", "nowhere.pt"], ["no guide nowhere.pt", "earlier, types"]),
+    (["--guide", "cosine.pt"], ["cosine.pt", "differ in schedule"]),
+])
+def test_a_checkpoint_that_cannot_be_the_guide(guided, flags, words, capsys):
+    content = checkpoint(guided)
+    content["scheduler"]["schedule"] = "linear" if content["scheduler"]["schedule"] == "cosine" else "cosine"
+    save_checkpoint("cosine.pt", **content)
+    for command in (generate, evaluate):
+        assert_one_line(call(command, "--checkpoint", guided / "checkpoints/final_model.pt", *flags), capsys, *words)
+
+
+def test_an_export_keeps_another_guide(guided, final):
+    """Also where the checkpoint held none, and in a deeper network."""
+    epoch_1 = guided / "checkpoints/epoch_0001.pt"
+    assert call(train, *TINY, "--init", final, "--blocks", 2, "--run_name", "deep") == 0
+    for path in (final, "checkpoints/deep/final_model.pt"):
+        assert call(export, "--checkpoint", path, "--guide", epoch_1, "--to", "pt", "--output", "with.pt") == 0
+        pipeline, guide = Pipeline.load("with.pt", precision="fp32"), Pipeline.load(epoch_1, precision="fp32")
+        x_t, t, labels = pipeline.noise(range(2)), torch.tensor([3, 500]), torch.zeros(2, len(pipeline.class_names))
+        with torch.no_grad():
+            torch.testing.assert_close(pipeline.earlier(x_t, t, labels), guide.net(x_t, t, labels), rtol=0, atol=0.02)
+
+
 EVALUATION = ("--num_samples", 4, "--num_guided", 4, "--num_likelihood", 0, "--device", "cpu", "--precision", "fp32")
 
 
@@ -210,6 +254,13 @@ def test_a_card_says_that_its_figures_are_of_guidance_that_it_lacks(guided):
         assert call(evaluate, "--checkpoint", path, *EVALUATION, "--guidance", guidance) == 0
         card = report_markdown(Path("outputs/evaluation/report.json"), path)
         assert ("exported without" in card) == (guidance == 3)
+
+
+def test_evaluation_away_from_another_checkpoint(guided):
+    flags = ("--checkpoint", guided / "checkpoints/final_model.pt", *EVALUATION, "--guidance", 3)
+    assert call(evaluate, *flags, "--guide", guided / "checkpoints/epoch_0001.pt") == 0
+    report = json.loads(Path("outputs/evaluation/report.json").read_text())
+    assert report["runs"][0]["sampling"]["guide"] == "epoch_0001.pt" and "(epoch_0001.pt)" in report["summary"]
 
 
 def test_several_checkpoints_have_one_guide(guided, capsys):

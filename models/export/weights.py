@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
 
@@ -17,28 +18,36 @@ from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
 CONTENT = ("network", "ema", "earlier", "autoencoder", "scheduler", "config", "types", "held_out", "step", "epoch")
 
 
-def write_safetensors(checkpoint: Path, path: Path) -> None:
+def write_safetensors(checkpoint: Path, path: Path, earlier: nn.Module | None = None) -> None:
     """Write the model of a checkpoint, and check that the file reads back as the same, to the last bit.
+
+    Args:
+        earlier: takes the place of the checkpoint's earlier network.
 
     Raises:
         UserError: if the package safetensors is missing.
         OSError: if the file cannot be written, or reads back as something else.
     """
-    save_safetensors(path, **_content(checkpoint))
+    save_safetensors(path, **_content(checkpoint, earlier))
     print("the file reads back as the checkpoint, to the last bit")
 
 
-def write_half(checkpoint: Path, path: Path) -> None:
+def write_half(checkpoint: Path, path: Path, earlier: nn.Module | None = None) -> None:
     """Write a checkpoint whose weights are float16; they become float32 again when it is loaded.
+
+    Args:
+        earlier: takes the place of the checkpoint's earlier network.
 
     Raises:
         OSError: if the file cannot be written.
     """
-    save_checkpoint(path, **_halved(_content(checkpoint)))
+    save_checkpoint(path, **_halved(_content(checkpoint, earlier)))
 
 
-def _content(checkpoint: Path) -> dict[str, Any]:
+def _content(checkpoint: Path, earlier: nn.Module | None) -> dict[str, Any]:
     content = load_checkpoint(checkpoint)
+    if earlier is not None:
+        content["earlier"] = earlier.state_dict()
     return {name: content[name] for name in CONTENT if name in content}
 
 
