@@ -33,12 +33,11 @@ FORMATS = {
     "safetensors": "weights and configuration in one file, which generate.py reads",
     "web": "the folder of a static page that draws in the browser",
 }
-KEEP_EARLIER = ("pt", "safetensors")
 SUFFIXES = {"onnx": ".onnx", "pt": ".pt", "safetensors": ".safetensors"}
 FILE_SUFFIXES = {".onnx", ".safetensors", ".pt", ".pth", ".bin", ".zip", ".tgz", ".html", ".json", ".md", ".png"}
 # Settings that only some formats have.
-BELONGS_TO = {"guide": KEEP_EARLIER, "half": ("onnx",), "max_types": ("diffusers", "web"), "runtime": ("web",),
-              "report": ("diffusers",), "license": ("diffusers",), "credit": ("diffusers",),
+BELONGS_TO = {"guide": ("onnx", "pt", "safetensors", "web"), "half": ("onnx",), "max_types": ("diffusers", "web"),
+              "runtime": ("web",), "report": ("diffusers",), "license": ("diffusers",), "credit": ("diffusers",),
               "num_images": ("diffusers",)}
 CRITTERS_CREDIT = "PokeDiff's built-in creatures, drawn by program."
 UNKNOWN_CREDIT = "The images it was trained on belong to their owners, whom this card does not name yet."
@@ -52,8 +51,8 @@ class Settings:
                              kind=str)
     output: Path | None = setting(None, "file or folder to write (default: in outputs/, named after the run)",
                                   kind=Path)
-    guide: Path | None = setting(None, "pt, safetensors: the checkpoint of less training whose network guidance goes "
-                                       "away from (default: the earlier network that the checkpoint holds)", kind=Path,
+    guide: Path | None = setting(None, "not diffusers: a checkpoint of less training, away from whose network guidance "
+                                       "goes (default: the earlier network that the checkpoint holds)", kind=Path,
                                  metavar="FILE")
     half: bool = setting(False, "onnx: store the weights as float16, in half of the bytes (web always does)")
     max_types: int | None = setting(None, "diffusers, web: largest set of types to offer (default: 2)", kind=int,
@@ -77,13 +76,16 @@ def main() -> None:
         # Load the model.
         checkpoint = settings.checkpoint or newest_checkpoint()
         pipeline = Pipeline.load(checkpoint, precision="fp32")
+        if settings.guide:
+            pipeline.load_guide(settings.guide)
         name = str(pipeline.settings.get("run_name") or checkpoint.stem)
         output = settings.output or Path("outputs") / f"{Path(name).name}{default_ending(settings.to, pipeline)}"
         print(f"{checkpoint}: {pipeline.image_size} x {pipeline.image_size}, to {settings.to}")
 
-        if pipeline.earlier is not None and settings.to not in KEEP_EARLIER:
-            print(f"note: {settings.to} leaves out the earlier network that generate.py guides away from, so pictures "
-                  f"will be less good; pt and safetensors keep it")
+        if pipeline.earlier is not None and (settings.to == "diffusers" or output.suffix.lower() == ".onnx"):
+            print(f"note: {'one .onnx file' if settings.to == 'onnx' else settings.to} leaves out the earlier network "
+                  f"that generate.py guides away from, so pictures will be less good; a folder of --to onnx, and the "
+                  f"other formats, have it")
 
         # Write it.
         with naming(output):
@@ -132,14 +134,9 @@ def write(settings: Settings, pipeline: Pipeline, checkpoint: Path, name: str, o
 
 
 def guide_to_keep(settings: Settings, pipeline: Pipeline) -> UNet | None:
-    """Return the network of --guide, in the size of the checkpoint's own.
-
-    Raises:
-        ValueError: if it cannot have that size, or is of another training.
-    """
+    """Return the network of --guide in the size of the checkpoint's own. Raises ValueError if it cannot have that."""
     if settings.guide is None:
         return None
-    pipeline.load_guide(settings.guide)
     net, size = copy.deepcopy(pipeline.net), pipeline.earlier.config
     if net.config != replace(size, dropout=net.config.dropout, blocks=max(size.blocks, net.config.blocks)):
         raise ValueError(f"--guide {settings.guide} is of a network of another size, which a checkpoint cannot hold; "

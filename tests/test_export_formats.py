@@ -121,6 +121,23 @@ def test_the_page_of_a_latent_model_has_all_three_networks(folder, onnx_file, tm
         assert theirs.dtype == np.float32 and abs(theirs - ours.numpy()).max() < 0.01 * ours.std(), name
 
 
+def test_a_folder_also_holds_the_network_to_guide_away_from(folder, onnx_file, tmp_path, capsys):
+    save_tiny_model(tmp_path / "earlier.pt", TYPES, multipliers=(1,))
+    flags = ("--checkpoint", folder / "typed.pt", "--guide", tmp_path / "earlier.pt", "--to", "onnx", "--output")
+    call_in(tmp_path, export, *flags, "both")
+    assert "leaves out" not in capsys.readouterr().out
+    pipeline = Pipeline.load(tmp_path / "earlier.pt", precision="fp32")
+    x, t, labels = inputs(pipeline, 3)
+    with torch.no_grad():
+        ours = pipeline.net(x, t, labels).numpy()
+    feeds = dict(x=x.numpy(), t=t.float().numpy(), labels=labels.numpy())
+    assert abs(session(tmp_path / "both/earlier.onnx").run(None, feeds)[0] - ours).max() < 1e-4
+    described = json.loads((tmp_path / "both/model.json").read_text())
+    assert described["guide"] == "earlier" and "earlier.onnx" in described["sha256"]
+    call_in(tmp_path, export, *flags, "one.onnx")
+    assert "one .onnx file leaves out the earlier network" in capsys.readouterr().out
+
+
 def test_a_runtime_that_disagrees_is_noticed(folder, onnx_file, monkeypatch):
     import onnx
 
@@ -128,7 +145,8 @@ def test_a_runtime_that_disagrees_is_noticed(folder, onnx_file, monkeypatch):
 
     graph, pipeline = onnx.load(onnx_file), Pipeline.load(folder / "typed.pt")
     x, t, labels = inputs(pipeline, 2)
-    arguments = exporter.Denoiser(pipeline, "prediction").eval(), dict(x=x, t=t.float(), labels=labels), 1e-3
+    denoiser = exporter.Denoiser(pipeline.net, pipeline, "prediction").eval()
+    arguments = denoiser, dict(x=x, t=t.float(), labels=labels), 1e-3
     exporter._check(graph, *arguments)
     with torch.no_grad():
         pipeline.net.conv_out.bias.add_(0.1)

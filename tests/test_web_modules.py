@@ -60,7 +60,9 @@ CASES = [dict(schedule="cosine", steps=20), dict(schedule="linear", steps=20), d
          dict(schedule="cosine", steps=12, start=599), dict(schedule="linear", steps=20, zero_terminal_snr=True),
          dict(schedule="linear", steps=3, start=2),
          *(dict(sampler="consistency", schedule="cosine", steps=steps) for steps in (1, 2, 4, 9)),
-         dict(sampler="consistency", schedule="linear", steps=2, start=599, guidance=3.0)]
+         dict(sampler="consistency", schedule="linear", steps=2, start=599, guidance=3.0),
+         dict(schedule="cosine", steps=20, guidance=2.0, worse=1.5), dict(schedule="linear", steps=5, worse=1.5),
+         dict(schedule="cosine", steps=20, guidance=2.0, worse=1.5, typed=False)]
 
 
 def test_the_sampler_follows_that_of_python(run):
@@ -72,16 +74,19 @@ def test_the_sampler_follows_that_of_python(run):
         x_T = gaussian.start(1)
         noises = torch.randn(case["steps"], 1, 1, 2, 2, dtype=torch.float64,
                              generator=torch.Generator().manual_seed(2))
-        labels = torch.ones(1, 1) if guidance != 1 else None
+        labels = torch.ones(1, 1) if guidance != 1 and case.get("typed", True) else None
+        worse_std = case["worse"] * gaussian.STD if "worse" in case else None  # of an earlier network
+        worse = None if worse_std is None else gaussian.exact(scheduler, "x0", std=worse_std)
         draw, path = iter(noises), []
         sampler = case.get("sampler", "sde-dpm++")
         sample(gaussian.exact(scheduler, "x0"), scheduler, x_T, sampler=sampler, steps=case["steps"],
-               prediction="x0", labels=labels, guidance=guidance, start=start, clip=clip,
+               prediction="x0", labels=labels, guidance=guidance, worse=worse, start=start, clip=clip,
                draw_noise=lambda draw=draw: next(draw),
                callback=lambda i, x_t, x_0, path=path: path.append([x_t.flatten().tolist(), x_0.flatten().tolist()]))
         expected.append(path)
         inputs.append(dict(alphaBar=alpha_bar(scheduler), mean=gaussian.MEAN.flatten().tolist(),
                            std=gaussian.STD.flatten().tolist(), x=x_T.flatten().tolist(),
+                           worseStd=None if worse_std is None else worse_std.flatten().tolist(),
                            noises=noises.flatten(1).tolist(), labels=None if labels is None else [1.0],
                            guidance=guidance, sampler=sampler, steps=case["steps"], clip=float(clip),
                            **({} if start is None else dict(start=start))))
@@ -217,6 +222,16 @@ def test_models_without_types_or_with_another_sampler(run):
     (link,) = run("links", dict(model=plain, hashes=["#types=fire&guidance=3"]))
     assert link["settings"]["types"] == [] and "fire" in link["notes"][0]
     assert run("defaults", MODEL | dict(sampler=dict(name="toString", steps=3)))["steps"] == 20
+
+
+def test_guidance_away_from_an_earlier_network_needs_no_types(run):
+    for types in ([], MODEL["types"]):
+        model = MODEL | dict(types=types, max_types=min(2, len(types)), guide="earlier")
+        default, chosen = run("links", dict(model=model, hashes=["", "#guidance=2"]))
+        assert (default["settings"]["guidance"], chosen["settings"]["guidance"]) == (3, 2)
+        assert "guidance=2" in chosen["link"] and not chosen["notes"]
+    (by_types,) = run("links", dict(model=MODEL | dict(guide="types"), hashes=["#guidance=2"]))
+    assert "guidance" not in by_types["link"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

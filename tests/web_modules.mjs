@@ -21,8 +21,9 @@ function gaussian(alphaBar, mean, std) {
   };
 }
 
-async function trajectory({ alphaBar, mean, std, x, noises, labels, guidance, ...options }) {
-  const network = guided(gaussian(alphaBar, mean, std), labels && floats(labels), guidance);
+async function trajectory({ alphaBar, mean, std, worseStd, x, noises, labels, guidance, ...options }) {
+  const earlier = worseStd ? gaussian(alphaBar, mean, worseStd) : null;
+  const network = guided(gaussian(alphaBar, mean, std), labels && floats(labels), guidance, earlier);
   const drawNoise = () => floats(noises.shift());
   const steps = [];
   for await (const { t, x_t, x_0 } of denoise(network, alphaBar, floats(x), { ...options, drawNoise })) {

@@ -7,7 +7,7 @@ import { dieIcon, typeButton } from "./parts.js";
 import { MAX_SEED, Noise } from "./random.js";
 import { addNoise, startOfDrawing } from "./sampler.js";
 import { describe, savePng } from "./save.js";
-import { canGuide, fit, fromHash, itemsOf, limits, list, samplerOf, toHash } from "./settings.js";
+import { canGuide, fit, fromHash, guideOf, itemsOf, limits, list, samplerOf, toHash } from "./settings.js";
 import { Sketch } from "./sketch.js";
 import { Stage } from "./stage.js";
 import { inTrouble, note, say, show, trouble } from "./words.js";
@@ -189,8 +189,9 @@ function showSettings() {
   }
   const most = model.max_types < model.types.length ? `; at most ${model.max_types}` : "";
   $("types-hint").textContent = types.length ? list(types) : `none chosen: any${most}`;
-  $("guidance").disabled = types.length === 0;
-  $("guidance-hint").textContent = types.length ? "how typical of its types" : "needs a type";
+  $("guidance").disabled = !canGuide(model, types);
+  $("guidance-hint").textContent = guideOf(model) === "earlier" ? "clearer, less varied; 1 is off"
+    : types.length ? "how typical of its types" : "needs a type";
   preview();
 }
 
@@ -235,8 +236,9 @@ async function draw() {
   say(drawn.items.length > 1 ? `Drawing ${drawn.items.length} creatures.` : "Drawing a creature.");
   const labels = model.types.length ? Float32Array.from(model.types, (name) => Number(drawn.types.includes(name)))
     : null;
-  engine.draw({ items: drawn.items, labels, guidance: canGuide(model) ? drawn.guidance : 1, steps: drawn.steps,
-                sampler: samplerOf(model), strength: drawn.strength, drawing });
+  const guidance = canGuide(model, drawn.types) ? drawn.guidance : 1;
+  engine.draw({ items: drawn.items, labels, guidance, steps: drawn.steps, sampler: samplerOf(model),
+                strength: drawn.strength, drawing });
   if (stage.picture.getBoundingClientRect().top < 0) {
     $("picture").scrollIntoView({ block: "center", behavior: stage.still.matches ? "instant" : "smooth" });
   }

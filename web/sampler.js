@@ -48,13 +48,17 @@ export async function* denoise(network, alphaBar, x, { sampler, steps, start, cl
 }
 
 /**
- * Return (x_t, t) -> x_0 with labels and classifier-free guidance (Ho & Salimans 2022).
+ * Return (x_t, t) -> x_0 with labels and guidance: away from what an earlier network predicts (Karras et al. 2024),
+ * else classifier-free (Ho & Salimans 2022).
  *
  * network: (x [B images], t, labels [B rows]) -> promise of x_0 [B images].
  * labels: multi-hot Float32Array [K]; null for a model without types.
+ * earlier: such a network, after less training; or null.
  */
-export function guided(network, labels, guidance) {
-  if (labels === null || guidance === 1 || !labels.some((label) => label > 0)) return (x, t) => network(x, t, labels);
+export function guided(network, labels, guidance, earlier = null) {
+  if (guidance === 1) return (x, t) => network(x, t, labels);
+  if (earlier) return async (x, t) => away(await network(x, t, labels), await earlier(x, t, labels), guidance);
+  if (!labels?.some((label) => label > 0)) return (x, t) => network(x, t, labels);
   const both = new Float32Array(2 * labels.length);
   both.set(labels);
   return async (x, t) => {
@@ -62,11 +66,12 @@ export function guided(network, labels, guidance) {
     twice.set(x);
     twice.set(x, x.length);
     const output = await network(twice, t, both);
-    const conditional = output.subarray(0, x.length);
-    const unconditional = output.subarray(x.length);
-    return conditional.map((value, i) => unconditional[i] + guidance * (value - unconditional[i]));
+    return away(output.subarray(0, x.length), output.subarray(x.length), guidance);
   };
 }
+
+/** Return `better`, taken further away from `worse`. */
+const away = (better, worse, guidance) => better.map((value, i) => worse[i] + guidance * (value - worse[i]));
 
 // ---------------------------------------------------------------------------------------------------------------------
 // steps

@@ -53,7 +53,7 @@ export function describe({ mode, types, guidance, steps, strength, seed, to }, i
     types: [types.join(" ")],
     sampler: samplerOf(model),
     steps,
-    guidance: types.length && canGuide(model) ? guidance : 1,
+    guidance: canGuide(model, types) ? guidance : 1,
     ...(mode === "drawing" ? { init_image: "drawing", strength } : {}),
     ...(mode === "morph" ? { interpolate: [seed, to], weights: items.map((item) => item.weight) } : {}),
     image_size: model.image_size,

@@ -38,8 +38,18 @@ export function defaults(model) {
            steps: fit("steps", steps, model), strength: 0.6, drawing: "" };
 }
 
-/** Return whether guidance can strengthen the types of this model. */
-export const canGuide = (model) => model.types.length > 0 && model.supports_guidance !== false && model.guidance > 1;
+/** Return what guidance goes away from: "earlier", the network after less training; "types", those of any; or null. */
+export function guideOf(model) {
+  if (model.supports_guidance === false || model.guidance <= 1) return null;
+  if (model.guide === "earlier") return "earlier";
+  return model.types.length > 0 ? "types" : null;
+}
+
+/** Return whether guidance does something for creatures of these types; `types` left out: whether for any. */
+export function canGuide(model, types = model.types) {
+  const guide = guideOf(model);
+  return guide === "earlier" || (guide === "types" && types.length > 0);
+}
 
 /** Return the nearest value that is allowed, or null for what is no number. */
 export function fit(name, value, model) {
@@ -70,7 +80,7 @@ export function toHash(settings, model) {
   const numbers = settings.mode === "morph" ? ["seed", "to", "frames", "steps"] : ["seed", "count", "steps"];
   if (settings.mode !== "noise") link.set("mode", settings.mode);
   if (settings.types.length) link.set("types", settings.types.join(" "));
-  if (settings.types.length && canGuide(model)) numbers.push("guidance");
+  if (canGuide(model, settings.types)) numbers.push("guidance");
   if (settings.mode === "drawing") numbers.push("strength");
   for (const name of numbers) link.set(NUMBERS[name].key, String(settings[name]));
   if (settings.mode === "drawing") link.set("drawing", settings.drawing);

@@ -8,6 +8,7 @@ import { fromRgb, toPixels } from "./bytes.js";
 import { Noise } from "./random.js";
 import { NoiseBetween, addNoise, denoise, guided, startOfDrawing } from "./sampler.js";
 import { Problem, fetchBytes } from "./download.js";
+import { guideOf } from "./settings.js";
 
 const PREVIEW_SHARE = 0.25; // of the time may go into showing latents while they become a creature
 
@@ -35,7 +36,10 @@ self.onmessage = async ({ data }) => {
 async function load(description) {
   model = description;
   const report = (received, total) => self.postMessage({ kind: "progress", received, total });
-  const files = await fetchBytes(model, model.latent ? ["model.onnx", "decoder.onnx"] : ["model.onnx"], report);
+  const names = ["model.onnx"];
+  if (model.latent) names.push("decoder.onnx");
+  if (guideOf(model) === "earlier") names.push("earlier.onnx");
+  const files = await fetchBytes(model, names, report);
   try {
     ort = await import("./ort/ort.wasm.min.mjs");
   } catch (error) {
@@ -84,7 +88,8 @@ async function run(name, inputs) {
 async function draw(job) {
   current = job.run;
   const size = model.channels * model.height * model.width;
-  const network = guided(runModel, job.labels, job.guidance);
+  const earlier = guideOf(model) === "earlier" ? predict("earlier.onnx") : null;
+  const network = guided(predict("model.onnx"), job.labels, job.guidance, earlier);
   const drawn = job.drawing ? await encode(job.drawing) : null;
   const began = performance.now();
   let previews = 0; // milliseconds that went into them
@@ -117,15 +122,17 @@ async function draw(job) {
   self.postMessage({ kind: "done", run: job.run, seconds: (performance.now() - began) / 1000 });
 }
 
-/** Predict x_0 of B images, [B C H W], at one timestep. */
-function runModel(x, t, labels) {
-  const batch = x.length / (model.channels * model.height * model.width);
-  const inputs = {
-    x: { values: x, shape: [batch, model.channels, model.height, model.width] },
-    t: { values: new Float32Array(batch).fill(t), shape: [batch] },
+/** Return the function by which a network predicts x_0 of B images, [B C H W], at one timestep. */
+function predict(name) {
+  return (x, t, labels) => {
+    const batch = x.length / (model.channels * model.height * model.width);
+    const inputs = {
+      x: { values: x, shape: [batch, model.channels, model.height, model.width] },
+      t: { values: new Float32Array(batch).fill(t), shape: [batch] },
+    };
+    if (labels) inputs.labels = { values: labels, shape: [batch, model.types.length] };
+    return run(name, inputs);
   };
-  if (labels) inputs.labels = { values: labels, shape: [batch, model.types.length] };
-  return run("model.onnx", inputs);
 }
 
 const clipRange = () => (model.clip ? (model.clip_range ?? 1) : 0);

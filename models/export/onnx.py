@@ -42,11 +42,11 @@ class Denoiser(nn.Module):
         types; a row of zeros is any type.
     """
 
-    def __init__(self, pipeline: Pipeline, output: str):
+    def __init__(self, net: nn.Module, pipeline: Pipeline, output: str):
         super().__init__()
         if output not in ("x_0", "prediction"):
             raise ValueError(f"unknown output {output!r}: choose x_0 or prediction")
-        self.net, self.scheduler, self.prediction = pipeline.net, pipeline.scheduler, pipeline.prediction
+        self.net, self.scheduler, self.prediction = net, pipeline.scheduler, pipeline.prediction
         self.output = output
         # Fills the scheduler's copies of its tables, which an export would otherwise fill with tensors of its own.
         self.scheduler.to_eps(torch.zeros(1), torch.zeros(1), 0)
@@ -93,9 +93,9 @@ def write_file(pipeline: Pipeline, name: str, path: Path, half: bool = False) ->
     """
     if pipeline.space.is_latent:
         raise UserError(f"a model of latents is three networks, not one file: give --output a folder, not {path}")
-    description = describe(pipeline, name) | dict(output="prediction")
+    description = describe(pipeline, name, with_earlier=False) | dict(output="prediction")
     with replacing(path, sync=True) as temporary:
-        graph = denoiser_graph(pipeline, "prediction", half)
+        graph = denoiser_graph(pipeline.net, pipeline, "prediction", half)
         graph.metadata_props.add(key="pokediff", value=json.dumps(description, allow_nan=False))
         temporary.write_bytes(graph.SerializeToString())
 
@@ -107,12 +107,17 @@ def write_folder(pipeline: Pipeline, name: str, folder: Path, half: bool = False
 
 
 def write_model(pipeline: Pipeline, name: str, folder: Path, output: str, half: bool, max_types: int = 2) -> None:
-    """Write model.onnx, model.json and, for a model of latents, encoder.onnx and decoder.onnx into a folder.
+    """Write model.onnx and model.json into a folder.
+
+    Beside them go earlier.onnx, the network to guide away from, if there is one, and for a model of latents
+    encoder.onnx and decoder.onnx.
 
     Args:
         output: of model.onnx, see `denoiser_graph`.
     """
-    graphs = {"model.onnx": denoiser_graph(pipeline, output, half)}
+    graphs = {"model.onnx": denoiser_graph(pipeline.net, pipeline, output, half)}
+    if pipeline.earlier is not None:
+        graphs["earlier.onnx"] = denoiser_graph(pipeline.earlier, pipeline, output, half)
     if pipeline.space.is_latent:
         graphs |= autoencoder_graphs(pipeline, half)
     description = describe(pipeline, name, max_types) | dict(output=output, bytes={}, sha256={})
@@ -134,10 +139,11 @@ def require_packages() -> None:
         optional_package(name, "an ONNX file", REQUIREMENTS)
 
 
-def denoiser_graph(pipeline: Pipeline, output: str, half: bool = False) -> Any:
-    """Return the network as an `onnx.ModelProto`, with the inputs x, t and, for a model with types, labels.
+def denoiser_graph(net: nn.Module, pipeline: Pipeline, output: str, half: bool = False) -> Any:
+    """Return a network as an `onnx.ModelProto`, with the inputs x, t and, for a model with types, labels.
 
     Args:
+        net: the pipeline's own, or its earlier one.
         output: "x_0", the clean image that the network's output implies, not clipped, or "prediction", that output.
         half: store the weights as float16.
 
@@ -152,7 +158,7 @@ def denoiser_graph(pipeline: Pipeline, output: str, half: bool = False) -> Any:
                   t=torch.tensor([0.0, scheduler.num_timesteps // 2]))
     if pipeline.class_names:
         inputs["labels"] = torch.eye(2, len(pipeline.class_names))
-    return build_graph(Denoiser(pipeline, output), inputs, output, half)
+    return build_graph(Denoiser(net, pipeline, output), inputs, output, half)
 
 
 def autoencoder_graphs(pipeline: Pipeline, half: bool = False) -> dict[str, Any]:

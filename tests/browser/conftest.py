@@ -10,49 +10,28 @@ PAGE_GIF=docs/images/page.gif the picture of the README is written, too.
 from __future__ import annotations
 
 import functools
-import http.server
-import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from driving import PATIENCE, ready
-from scripts import ROOT, call
+from scripts import ROOT
+from serving import export_page, serving
 
 BOX = ROOT / "checkpoints/critters.pt"
 
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
-    """Return the folder of a page with the model in the box."""
-    for package in ("playwright", "onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    runtime = os.environ.get("ONNXRUNTIME_WEB", "")
-    if not Path(runtime).exists() or not runtime:
-        pytest.skip("ONNXRUNTIME_WEB does not name the tarball that `npm pack onnxruntime-web@1.30.0` fetches")
-    import export
-
-    folder = tmp_path_factory.mktemp("web") / "page"
-    assert call(export, "--checkpoint", BOX, "--to", "web", "--output", folder, "--runtime", runtime) == 0
-    return folder
+    """Return the folder of a page with the bundled model of 32x32."""
+    return export_page(BOX, tmp_path_factory.mktemp("web") / "page")
 
 
 @pytest.fixture(scope="session")
 def address(site) -> Iterator[str]:
-    """Serve the page as `python -m http.server` does, and return its address."""
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    class Server(http.server.ThreadingHTTPServer):
-        def handle_error(self, *_):  # the page breaks downloads off when one of them fails
-            pass
-
-    with Server(("127.0.0.1", 0), functools.partial(Quiet, directory=site)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    """Serve the page, and yield its address."""
+    with serving(site) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")

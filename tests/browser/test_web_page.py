@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from driving import DONE, begin_with, choose, draw, drawn_part, open_link, pixels, scribble, text_of
+from driving import DONE, PATIENCE, begin_with, choose, draw, drawn_part, open_link, pixels, scribble, text_of
 from PIL import Image
 from scripts import ROOT
+from serving import export_page, serving
 
 from critters.recognizer import CritterRecognizer
 from reverse_diffusion import sample
@@ -203,6 +204,21 @@ def test_dark_mode_and_reduced_motion(page):
     open_link(page, "#n=1&steps=6&seed=2")
     assert page.evaluate("shown") == 1 and drawn_part(pixels(page)) > 0.1  # the creature, and no flicker before
     page.emulate_media(color_scheme="null", reduced_motion="null")  # the defaults again; None would leave them
+
+
+def test_guidance_away_from_the_earlier_network(site, browser, tmp_path):
+    """It is on by default, without types as well; 1 is off."""
+    with serving(export_page(ROOT / "checkpoints/critters_128.pt", tmp_path / "page")) as address:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        page.goto(f"{address}#n=1&steps=5&seed=3")
+        text_of(page, "status", DONE)
+        assert page.locator("#guidance").input_value() == "3" and page.locator("#guidance").is_enabled()
+        guided = pixels(page).astype(int)
+        choose(page, guidance=1)
+        draw(page)
+        assert "guidance=1" in page.url and np.abs(pixels(page) - guided).mean() > 2
+        page.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
