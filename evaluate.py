@@ -46,9 +46,9 @@ from utils.cli import device_setting, parse, precision_setting, seed_setting, se
 from utils.device import describe_device, pick_device, pick_precision, use_fast_kernels
 from utils.errors import one_line_errors
 
-# Settings that say how samples are drawn, and those that only mean something with a checkpoint.
-OF_DRAWING = ("num_samples", "sampler", "steps", "guidance", "guide", "num_guided")
-OF_CHECKPOINT = ("labels", "label_column")
+# Flags that say how samples are drawn, and those that only mean something with a checkpoint.
+DRAWING_FLAGS = ("num_samples", "sampler", "steps", "guidance", "guide", "num_guided")
+CHECKPOINT_FLAGS = ("labels", "label_column", "num_likelihood", "likelihood_steps")
 
 
 @dataclass
@@ -99,13 +99,13 @@ def check(settings: Settings) -> None:
         raise ValueError("--samples needs --data, the images to compare with, or --checkpoint, which knows them")
     has_checkpoint = bool(settings.checkpoint or not settings.samples)
     for names, is_ignored, reason in (
-        (OF_DRAWING, settings.samples, "goes without --samples, which are drawn already"),
-        (OF_CHECKPOINT, not has_checkpoint, "needs --checkpoint, which knows types"),
-        (("image_size",), has_checkpoint, "goes without a checkpoint, which knows its size"),
+        (DRAWING_FLAGS, settings.samples, "--samples are drawn already"),
+        (CHECKPOINT_FLAGS, not has_checkpoint, "--samples without --checkpoint come from no model"),
+        (("image_size",), has_checkpoint, "a checkpoint knows its own"),
     ):
         for name in names:
-            if is_ignored and getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(f"--{name} {reason}: leave it out")
+            if is_ignored and getattr(settings, name) not in (getattr(Settings, name), 0):
+                raise ValueError(f"--{name} has no effect here, since {reason}: leave it out")
 
 
 def main() -> None:
@@ -214,8 +214,6 @@ def evaluate(info: CheckpointInfo | None, data: EvaluationData, settings: Settin
     else:
         measurement.samples, measurement.sampling = draw_samples(pipeline, data, settings.num_samples,
                                                                  guidance=settings.guidance, **drawing)
-        if measurement.sampling["guide"]:
-            measurement.sampling["guide"] = Path(settings.guide).name
     if pipeline and settings.num_likelihood:
         effort = (settings.num_likelihood, settings.likelihood_steps)
         measure_bits(measurement, pipeline, data, *effort, seed=settings.seed, batch_size=settings.batch_size)

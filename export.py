@@ -51,8 +51,9 @@ class Settings:
                              kind=str)
     output: Path | None = setting(None, "file or folder to write (default: in outputs/, named after the run)",
                                   kind=Path)
-    guide: Path | None = setting(None, "not diffusers: a checkpoint of less training, away from whose network guidance "
-                                       "goes (default: the earlier network that the checkpoint holds)", kind=Path,
+    guide: Path | None = setting(None, "not diffusers, nor one .onnx file: a checkpoint of less training, away from "
+                                       "whose network guidance goes (default: the earlier network that the "
+                                       "checkpoint holds)", kind=Path,
                                  metavar="FILE")
     half: bool = setting(False, "onnx: store the weights as float16, in half of the bytes (web always does)")
     max_types: int | None = setting(None, "diffusers, web: largest set of types to offer (default: 2)", kind=int,
@@ -82,6 +83,9 @@ def main() -> None:
         output = settings.output or Path("outputs") / f"{Path(name).name}{default_ending(settings.to, pipeline)}"
         print(f"{checkpoint}: {pipeline.image_size} x {pipeline.image_size}, to {settings.to}")
 
+        if settings.guide and output.suffix.lower() == ".onnx":
+            raise ValueError("--guide needs a folder, since one .onnx file holds one network: give --output one "
+                             "without .onnx")
         if pipeline.earlier is not None and (settings.to == "diffusers" or output.suffix.lower() == ".onnx"):
             print(f"note: {'one .onnx file' if settings.to == 'onnx' else settings.to} leaves out the earlier network "
                   f"that generate.py guides away from, so pictures will be less good; a folder of --to onnx, and the "

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models.pipeline import DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
+from models.pipeline import BY_EARLIER, DEFAULT_GUIDANCE, Pipeline, newest_checkpoint
 from reverse_diffusion import SAMPLERS, repeat_parts, slerp
 from training.labels import parse_types
 from utils.cli import MAX_SEED, device_setting, parse, precision_setting, seed_setting, setting
@@ -118,7 +118,7 @@ def main() -> None:
         use_fast_kernels()
         checkpoint = args.checkpoint or newest_checkpoint()
         pipeline = Pipeline.load(checkpoint, device, args.precision)
-        given_guide, args.guide = args.guide, pipeline.use_guide(args.guide)
+        args.guide = pipeline.use_guide(args.guide)
 
         # Decide what to draw, and how.
         sampler, steps = choose_sampler(args, pipeline)
@@ -135,7 +135,7 @@ def main() -> None:
         if args.interpolate:
             settings |= dict(interpolate=list(args.interpolate))
         guidance, guide = choose_guidance(args, plan, pipeline)
-        guide_name = Path(given_guide or guide).name if guide else ""
+        guide_name = pipeline.earlier_name if guide == BY_EARLIER else guide
         settings |= dict(guidance=guidance) | (dict(guide=guide_name) if guide else {})
         settings |= dict(image_size=pipeline.image_size, scale=args.scale)
         passes = count_passes(plan, steps)

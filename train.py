@@ -382,7 +382,7 @@ def check_same_network(config: Config, start: Pipeline, net: UNet, scheduler: No
                 autoencoder=space.fingerprint())
     size = replace(start.net.config, dropout=net.config.dropout, num_types=net.config.num_types,
                    blocks=max(start.net.config.blocks, net.config.blocks))
-    theirs = dict(size=size, **start.meaning)
+    theirs = dict(size=size, **start.interface)
     different = [name for name in ours if ours[name] != theirs[name]]
     if different:
         advice = "images with the same types" if different == ["types"] else "the flags that it was trained with"

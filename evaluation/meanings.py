@@ -52,7 +52,7 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "copies_guided": Meaning(
         "copies, at guidance 3", "%", "lower",
-        "As copies, for samples with guidance 3, the default of generate.py.",
+        "As copies, for samples with guidance 3.",
     ),
     "precision": Meaning(
         "precision", "%", "higher",

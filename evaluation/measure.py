@@ -26,7 +26,7 @@ from evaluation.image_statistics import image_statistics
 from evaluation.likelihood import generalisation_gap, png_bits, variational_bound
 from evaluation.membership import denoising_errors, gap_by_noise, membership, noise_levels
 from evaluation.memorization import find_copies, warp_uint8
-from models.pipeline import BY_TYPES, DEFAULT_GUIDANCE, Pipeline
+from models.pipeline import BY_EARLIER, BY_TYPES, DEFAULT_GUIDANCE, Pipeline
 from utils.images import to_uint8
 from utils.seeding import seed_from
 
@@ -59,6 +59,7 @@ class Measurement:
     copies: details of the search for copies, or None.
     copies_by_type: a row for each type: "type", and a figure with its "total" number of samples for "plain" and
         "guided" samples, where there are any.
+    guided_by: what the "guided" samples were guided away from, or None.
     pairs: the closest pairs, uint8 [NUM_PAIRS, 3, S, 2 S + 2]: sample and training image; or None.
     notes: what could not be measured, and why.
     """
@@ -74,6 +75,7 @@ class Measurement:
     compared: int | None = None
     copies: dict[str, Any] | None = None
     copies_by_type: list[dict] = field(default_factory=list)
+    guided_by: str | None = None
     pairs: torch.Tensor | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -121,7 +123,8 @@ def draw_samples(pipeline: Pipeline, data: EvaluationData, num_samples: int, *, 
                 callback=lambda *_: bar.update(),
             )
             batches.append(to_uint8(images))
-    return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance, guide=guide,
+    return torch.cat(batches), dict(sampler=sampler, steps=steps, seed=seed, guidance=guidance,
+                                    guide=pipeline.earlier_name if guide == BY_EARLIER else guide,
                                     built_in_guidance=pipeline.built_in_guidance)
 
 
@@ -307,8 +310,9 @@ def measure_guided_copies(measurement: Measurement, pipeline: Pipeline, data: Ev
     labels, guide = sample_labels(data, num_samples, seed), guide or pipeline.default_guide
     if measurement.copies is None or guide not in pipeline.guides or guide == BY_TYPES and labels is None:
         return
-    samples, _ = draw_samples(pipeline, data, num_samples, sampler=sampler, steps=steps, guidance=DEFAULT_GUIDANCE,
-                              guide=guide, seed=seed, batch_size=batch_size)
+    samples, sampling = draw_samples(pipeline, data, num_samples, sampler=sampler, steps=steps,
+                                     guidance=DEFAULT_GUIDANCE, guide=guide, seed=seed, batch_size=batch_size)
+    measurement.guided_by = sampling["guide"]
     is_copy = find_copies(samples, data.train, data.copy_thresholds, data.feature_space)[1]["pixels"]
     measurement.figures["copies_guided"] = _copies_figure(is_copy, data, "pixels")
     _add_copies_by_type(measurement, data, "guided", is_copy, labels)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from evaluation.meanings import MEANINGS
 from evaluation.measure import Measurement
-from utils.plots import plotting
+from utils.plots import result_plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +24,7 @@ def plot_over_time(measurements: Sequence[Measurement], path: Path) -> None:
     """Plot the figures of OVER_TIME against the epoch, with intervals, and those of real images as a dashed line."""
     names = [name for name in OVER_TIME if any(name in m.figures for m in measurements)]
     rows = math.ceil(len(names) / COLUMNS)
-    with plotting(path, 11, 2.5 * rows) as figure:
+    with result_plot(path, 11, 2.5 * rows) as figure:
         axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
         for axis, name in zip(axes, names):
             _plot_figure([m for m in measurements if name in m.figures], name, axis)
@@ -52,7 +52,7 @@ def _plot_figure(measurements: Sequence[Measurement], name: str, axis: Axes) -> 
 
 def plot_bits(measurement: Measurement, path: Path) -> None:
     """Plot the terms of the variational bound against the timestep, for training and for unseen images."""
-    with plotting(path, 7, 3.4) as figure:
+    with result_plot(path, 7, 3.4) as figure:
         axis = figure.subplots()
         labels = {"train": "training images", "held_out": "unseen images"}
         for name, bits in measurement.bits.items():
@@ -67,7 +67,7 @@ def plot_bits(measurement: Measurement, path: Path) -> None:
 
 def plot_gap(measurements: Sequence[Measurement], path: Path) -> None:
     """Plot the error of unseen images as a multiple of that of training images, against the noise, by epoch."""
-    with plotting(path, 7, 3.4) as figure:
+    with result_plot(path, 7, 3.4) as figure:
         axis = figure.subplots()
         largest = 1.0
         for number, measurement in enumerate(measurements):

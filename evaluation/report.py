@@ -98,9 +98,10 @@ def _copies_verdict(measurement: Measurement) -> str:
 def _guided_verdict(measurement: Measurement) -> str:
     figure, expected = measurement.figures["copies_guided"], _expected_copies(measurement)
     percent = f"{100 * figure['value']:.1f} % of samples count as copies"
+    guided = f"At guidance 3 ({measurement.guided_by})"
     if figure["low"] > expected:
-        return f"At guidance 3, {percent}, more than by chance: look at the copies by type, if there are types."
-    return f"At guidance 3, {percent}, no more than by chance."
+        return f"{guided}, {percent}, more than by chance: look at the copies by type, if there are types."
+    return f"{guided}, {percent}, no more than by chance."
 
 
 def _membership_verdict(figures: dict[str, dict]) -> str:
@@ -246,7 +247,7 @@ def _as_dict(measurement: Measurement) -> dict[str, Any]:
         name=measurement.name, epoch=measurement.epoch, trained_on=measurement.trained_on,
         num_samples=len(measurement.samples), sampling=measurement.sampling, figures=measurement.figures,
         bits=measurement.bits, gap_by_noise=measurement.gap_by_noise or None, compared=measurement.compared,
-        copies=measurement.copies, copies_by_type=measurement.copies_by_type or None, notes=measurement.notes,
-        verdict=verdict(measurement),
+        copies=measurement.copies, copies_by_type=measurement.copies_by_type or None,
+        guided_by=measurement.guided_by, notes=measurement.notes, verdict=verdict(measurement),
     )
     return {key: value for key, value in content.items() if value is not None}

@@ -55,6 +55,7 @@ class Pipeline:
         self.net, self.scheduler, self.space, self.settings = net, scheduler, space, settings
         self.class_names, self.device, self.precision, self.earlier = tuple(class_names), device, precision, earlier
         self.image_size, self.prediction = settings["image_size"], settings["prediction"]
+        self.earlier_name = BY_EARLIER  # in messages and reports; after `load_guide`, its file
         self._in_full_batches = functools.partial(in_full_batches, precision)  # not a method: that would be a cycle
         self._network = self._prepare(net, device)
         self._earlier_network = None if earlier is None else self._prepare(earlier, device)
@@ -195,11 +196,9 @@ class Pipeline:
         return guide
 
     def use_guide(self, guide: str | None) -> str | None:
-        """Return a `guide` as `choose_guide` knows it: for the path of a checkpoint, BY_EARLIER after `load_guide`."""
+        """Load the guide if it is a file, see `load_guide`; return BY_EARLIER for it, else the guide itself."""
         if guide is None or guide in GUIDES:
             return guide
-        if not Path(guide).is_file():
-            raise ValueError(f"no guide {guide}: choose {', '.join(GUIDES)}, or the file of a checkpoint")
         self.load_guide(guide)
         return BY_EARLIER
 
@@ -208,18 +207,27 @@ class Pipeline:
 
         Raises:
             CheckpointError: as `load` does.
-            ValueError: if its inputs and outputs mean something else.
+            ValueError: if there is no such file, or its network cannot be compared with this one, or is the same.
         """
+        if not Path(path).is_file():
+            raise ValueError(f"no guide {path}: choose {', '.join(GUIDES)}, or the file of a checkpoint")
         other = Pipeline.load(path, self.device, self.precision)
-        ours, theirs = (dict(image_size=pipeline.image_size, **pipeline.meaning) for pipeline in (self, other))
+        if self.tuned or other.tuned:
+            raise ValueError(f"{path} cannot guide this checkpoint, since {'this' if self.tuned else 'that'} one was "
+                             f"tuned to jump, which is no prediction to compare with: leave --guide out")
+        ours, theirs = (dict(image_size=pipeline.image_size, **pipeline.interface) for pipeline in (self, other))
         different = [name for name in ours if ours[name] != theirs[name]]
         if different:
             raise ValueError(f"{path} cannot guide this checkpoint, since they differ in {' and '.join(different)}: "
-                             f"choose an earlier checkpoint of the same training")
+                             f"choose an earlier checkpoint of the same training, or a smaller network trained alike")
+        if self.net.config == other.net.config and all(map(torch.equal, self.net.parameters(), other.net.parameters())):
+            raise ValueError(f"{path} holds the network that it would guide, away from which guidance does nothing: "
+                             f"choose a checkpoint of less training")
         self.earlier, self._earlier_network = other.net, other._network
+        self.earlier_name = "/".join(Path(path).parts[-2:])
 
     @property
-    def meaning(self) -> dict[str, Any]:
+    def interface(self) -> dict[str, Any]:
         """What the network's inputs and outputs mean; where it is equal, one network can take another's place."""
         return dict(types=self.class_names, prediction=self.prediction, schedule=self.scheduler.config(),
                     autoencoder=self.space.fingerprint())

@@ -18,7 +18,7 @@ def seeded_noise(seeds: Iterable[int], shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def seeded_steps(x_T: torch.Tensor, seeds: Sequence[int], toward: tuple[int, Sequence[float]] | None
-                  ) -> Callable[[], torch.Tensor]:
+                 ) -> Callable[[], torch.Tensor]:
     """Return a function that draws the noise of the next step, shaped as x_T, image i from seeds[i] alone.
 
     Args:

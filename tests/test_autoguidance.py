@@ -186,7 +186,7 @@ def test_another_checkpoint_can_be_the_guide(guided):
     flags = ("--checkpoint", folder / "final_model.pt")
     expected, _ = generated(*flags)
     images, settings = generated(*flags, "--guide", folder / "epoch_0002.pt", name="b")
-    assert settings["guide"] == "epoch_0002.pt"
+    assert settings["guide"] == "checkpoints/epoch_0002.pt"
     assert all((a == b).all() for a, b in zip(images.values(), expected.values(), strict=True))
     other, _ = generated(*flags, "--guide", folder / "epoch_0001.pt", name="c")
     assert any((a != b).any() for a, b in zip(other.values(), expected.values()))
@@ -195,21 +195,30 @@ def test_another_checkpoint_can_be_the_guide(guided):
 def test_a_smaller_network_can_be_the_guide(guided, capsys):
     assert call(train, *FLAGS, "--width", 4, "--run_name", "narrow") == 0
     flags = ("--checkpoint", guided / "checkpoints/final_model.pt", "--guide", "checkpoints/narrow/final_model.pt")
-    assert generated(*flags)[1]["guide"] == "final_model.pt"
+    assert generated(*flags)[1]["guide"] == "narrow/final_model.pt"
     capsys.readouterr()
     assert_one_line(call(export, *flags, "--to", "pt"), capsys, "another size", "generate.py --guide")
+    assert_one_line(call(export, *flags, "--to", "onnx"), capsys, "--guide needs a folder")
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--guide", "nowhere.pt"], ["no guide nowhere.pt", "earlier, types"]),
     (["--guide", "cosine.pt"], ["cosine.pt", "differ in schedule"]),
+    (["--guide", "tuned.pt"], ["tuned.pt", "that one was tuned to jump"]),
+    (["--checkpoint", "tuned.pt", "--guide", "other.pt"], ["other.pt", "this one was tuned to jump"]),
+    (["--guide", "same.pt"], ["same.pt", "guidance does nothing"]),
 ])
 def test_a_checkpoint_that_cannot_be_the_guide(guided, flags, words, capsys):
     content = checkpoint(guided)
+    save_checkpoint("same.pt", **content)
+    save_checkpoint("tuned.pt", **content | dict(config=content["config"] | dict(objective="consistency")))
+    save_checkpoint("other.pt", **content | dict(ema=content["earlier"]))
     content["scheduler"]["schedule"] = "linear" if content["scheduler"]["schedule"] == "cosine" else "cosine"
     save_checkpoint("cosine.pt", **content)
-    for command in (generate, evaluate):
-        assert_one_line(call(command, "--checkpoint", guided / "checkpoints/final_model.pt", *flags), capsys, *words)
+    for command in (generate, evaluate, export):
+        more = ("--to", "pt") if command is export else ()
+        code = call(command, "--checkpoint", guided / "checkpoints/final_model.pt", *flags, *more)
+        assert_one_line(code, capsys, *words)
 
 
 def test_an_export_keeps_another_guide(guided, final):
@@ -260,7 +269,8 @@ def test_evaluation_away_from_another_checkpoint(guided):
     flags = ("--checkpoint", guided / "checkpoints/final_model.pt", *EVALUATION, "--guidance", 3)
     assert call(evaluate, *flags, "--guide", guided / "checkpoints/epoch_0001.pt") == 0
     report = json.loads(Path("outputs/evaluation/report.json").read_text())
-    assert report["runs"][0]["sampling"]["guide"] == "epoch_0001.pt" and "(epoch_0001.pt)" in report["summary"]
+    name = "checkpoints/epoch_0001.pt"
+    assert report["runs"][0]["sampling"]["guide"] == name and f"guidance 3 ({name})" in report["summary"]
 
 
 def test_several_checkpoints_have_one_guide(guided, capsys):

@@ -248,15 +248,18 @@ def test_the_description_gives_the_schedule_to_the_last_bit(folder):
     assert latents["latent"] and latents["clip_range"] == 3.5 and latents["guidance"] == 1 and latents["max_types"] == 0
 
 
-def test_the_description_says_what_to_guide_away_from(folder):
+def test_the_description_says_what_to_guide_away_from(folder, tmp_path):
     pipeline = Pipeline.load(folder / "typed.pt")
     assert (describe(pipeline, "tiny")["guide"], describe(pipeline, "tiny")["guidance"]) == ("types", 3)
-    pipeline.load_guide(folder / "typed.pt")
+    pipeline.load_guide(save_tiny_model(tmp_path / "small.pt", pipeline.class_names, multipliers=(1,)))
     assert describe(pipeline, "tiny")["guide"] == "earlier"
     assert describe(pipeline, "tiny", with_earlier=False)["guide"] == "types"
     untyped = Pipeline.load(folder / "latent.pt")
     assert describe(untyped, "tiny")["guide"] is None and not describe(untyped, "tiny")["supports_guidance"]
-    untyped.load_guide(folder / "latent.pt")
+    content = load_checkpoint(folder / "latent.pt")
+    content["ema"]["conv_in.weight"] += 1
+    save_checkpoint(tmp_path / "other.pt", **content)
+    untyped.load_guide(tmp_path / "other.pt")
     assert describe(untyped, "tiny")["supports_guidance"] and describe(untyped, "tiny")["guidance"] == 3
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from critters import TYPES
 from critters.recognizer import CritterRecognizer
-from models.pipeline import DEFAULT_GUIDANCE, GUIDES, Pipeline
+from models.pipeline import BY_EARLIER, DEFAULT_GUIDANCE, Pipeline
 from reverse_diffusion import SAMPLERS
 from utils.cli import device_setting, parse, seed_setting, setting
 from utils.device import pick_device
@@ -41,7 +41,7 @@ class Settings:
     guidance: float | None = setting(
         None, f"guidance scale; 1: off (default: {DEFAULT_GUIDANCE:g}, or 1 for a model that was trained with "
         "--label_dropout 0 and holds no earlier network)", kind=float)
-    guide: str | None = setting(None, "what guidance goes away from, as in generate.py", GUIDES, kind=str)
+    guide: str | None = setting(None, "what guidance goes away from, as in generate.py", kind=str)
     sampler: str = setting("dpm++", "how to sample", tuple(SAMPLERS))
     steps: int = setting(20, "network passes for each image", least=1)
     seed: int = seed_setting("seed of the first image of each type and pair; the others follow")
@@ -56,6 +56,7 @@ def main() -> None:
         if sorted(pipeline.class_names) != sorted(TYPES):
             raise ValueError(f"{settings.checkpoint} is not a model of critters with their types; train one: "
                              f"python train.py --preset quick")
+        settings.guide = pipeline.use_guide(settings.guide)
         if settings.guidance is None:
             settings.guidance = pipeline.default_guidance(has_types=True, guide=settings.guide)
 
@@ -70,7 +71,8 @@ def main() -> None:
         recognized = recognizer.types(images[:num_singles], 1) + recognizer.types(images[num_singles:], 2)
         correct = np.array([names == set(types) for names, types in zip(recognized, requested)])
         print(f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
-              + (f" ({settings.guide})" if settings.guide else ""))
+              + (f" ({pipeline.earlier_name if settings.guide == BY_EARLIER else settings.guide})"
+                 if settings.guide else ""))
         print_report(correct[:num_singles].reshape(len(SINGLES), -1).mean(axis=1),
                      correct[num_singles:].reshape(len(PAIRS), -1).mean(axis=1))
 

@@ -35,7 +35,7 @@ from utils.device import describe_device, pick_device
 from utils.errors import one_line_errors, printable
 from utils.files import write_json, write_text
 from utils.images import to_uint8
-from utils.plots import plotting
+from utils.plots import result_plot
 from utils.tables import markdown_table
 
 GROUPS = 8  # of the jackknife
@@ -241,7 +241,7 @@ def as_table(results: dict, variants: Sequence[Variant], baseline: tuple[str, in
 
 def draw_plot(results: dict, variants: Sequence[Variant], path: Path) -> None:
     """Plot distance against steps, a curve for each sampler, with standard errors."""
-    with plotting(path, 7, 4) as figure:
+    with result_plot(path, 7, 4) as figure:
         axis = figure.subplots()
         for variant in variants:
             rows = [row for row in results["rows"] if row["sampler"] == variant.name]

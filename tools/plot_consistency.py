@@ -21,7 +21,7 @@ from utils.cli import device_setting, parse, seed_setting, setting
 from utils.device import pick_device
 from utils.errors import one_line_errors, printable
 from utils.images import to_uint8
-from utils.plots import plotting
+from utils.plots import result_plot
 
 ROWS = ("the path", "predicted before tuning", "predicted after tuning")
 
@@ -98,7 +98,7 @@ def predictions(before: Pipeline, tuned: Pipeline, labels: torch.Tensor | None, 
 
 def draw(rows: list[torch.Tensor], timesteps: list[int], path: Path) -> None:
     """Draw the rows of images, with their names, under the timesteps."""
-    with plotting(path, 1.3 * len(timesteps) + 0.5, 1.4 * len(rows) + 0.3) as figure:
+    with result_plot(path, 1.3 * len(timesteps) + 0.5, 1.4 * len(rows) + 0.3) as figure:
         axes = figure.subplots(len(rows), len(timesteps), squeeze=False)
         for images, name, row in zip(rows, ROWS, axes):
             for image, t, axis in zip(images, timesteps, row):

@@ -20,7 +20,7 @@ from forward_diffusion import SCHEDULES, NoiseScheduler
 from utils.cli import parse, setting
 from utils.errors import UserError, one_line_errors, printable
 from utils.images import decode_error, decode_image
-from utils.plots import plotting
+from utils.plots import result_plot
 
 CRITTER = 3  # index of the critter that is shown without an image
 
@@ -64,7 +64,7 @@ def load_x_0(path: str, image_size: int) -> torch.Tensor:
 def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> None:
     """Plot one image [1, 3, H, W] at `columns` timesteps, in a row for each schedule."""
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(0))
-    with plotting(path, 1.35 * columns, 3.3) as figure:
+    with result_plot(path, 1.35 * columns, 3.3) as figure:
         axes = figure.subplots(len(SCHEDULES), columns)
         for row, schedule in enumerate(SCHEDULES):
             scheduler = NoiseScheduler(schedule=schedule)
@@ -80,7 +80,7 @@ def draw_forward_process(x_0: torch.Tensor, path: Path, columns: int = 10) -> No
 
 def draw_schedules(path: Path) -> None:
     """Plot beta, alpha-bar and the signal-to-noise ratio of both schedules."""
-    with plotting(path, 12, 3.4) as figure:
+    with result_plot(path, 12, 3.4) as figure:
         axes = figure.subplots(1, 3)
         for schedule in SCHEDULES:
             scheduler = NoiseScheduler(schedule=schedule)

@@ -33,7 +33,7 @@ from utils.device import pick_device
 from utils.errors import UserError, one_line_errors
 from utils.files import keep_settings, write_json, write_text
 from utils.images import image_grid, save_image, save_images, to_uint8
-from utils.plots import plotting
+from utils.plots import result_plot
 from utils.processes import interrupt_on_sigterm, run_python
 from utils.seeding import seed_from
 from utils.tables import markdown_table
@@ -238,7 +238,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot the distributions of the similarities, a panel for each data set."""
-    with plotting(path, 2 + 3 * len(rows), 2.8) as figure:
+    with result_plot(path, 2 + 3 * len(rows), 2.8) as figure:
         axes = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
         bins = torch.linspace(-0.2, 1, 25).tolist()
         for axis, row in zip(axes, rows):

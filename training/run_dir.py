@@ -27,7 +27,7 @@ from training.event_log import EventLog
 from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from utils.device import peak_memory
 from utils.files import replacing
-from utils.plots import plotting
+from utils.plots import result_plot
 
 RETRY_SECONDS = 60  # after a save that failed
 Errors = type[Exception] | tuple[type[Exception], ...]
@@ -297,7 +297,7 @@ class RunDir:
 
     def draw_loss(self, path: Path) -> None:
         """Plot the loss of each epoch on logarithmic axes, where a steady improvement is a straight line."""
-        with plotting(path, 7, 4) as figure:
+        with result_plot(path, 7, 4) as figure:
             axis = figure.subplots()
             axis.loglog([row["epoch"] for row in self.history], [row["loss"] for row in self.history])
             axis.set_xlabel("epoch")

@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders (write beside the target, then rename), and settings that are kept."""
+"""Atomic replacement of files and folders (write beside the target, then rename), and JSON files."""
 
 from __future__ import annotations
 

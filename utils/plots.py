@@ -2,7 +2,7 @@
 
 That style is white and calm, with few colours, and text that is readable at 800 pixels.
 
-    with plotting("outputs/loss.png", 7, 4) as figure:
+    with result_plot("outputs/loss.png", 7, 4) as figure:
         figure.subplots().loglog(epochs, losses)
     with drawing("outputs/weights.png", 8, 4) as figure:
         axis = figure.subplots()
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PLOT_DPI = 110
+RESULT_DPI = 110
 DPI = 160  # twice 80: sharp where a screen has two pixels for one
 COLOURS = {"ink": "#1f3a5f", "blue": "#3f78b5", "orange": "#d9772b", "green": "#4b9560", "red": "#bf4b54",
            "violet": "#7d64a8", "grey": "#8d949b", "pale": "#d5dbe1"}
@@ -39,12 +39,12 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def plotting(path: str | Path, width: float, height: float) -> Iterator[Figure]:
+def result_plot(path: str | Path, width: float, height: float) -> Iterator[Figure]:
     """Yield an empty figure of width x height inches; if the block ends well, it is written to `path`."""
     figure = _new_figure(width, height)
     yield figure
     with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=PLOT_DPI)
+        figure.savefig(temporary, dpi=RESULT_DPI)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ CONTENT = ("network", "ema", "earlier", "autoencoder", "scheduler", "config", "t
 
 
 def write_safetensors(checkpoint: Path, path: Path, earlier: nn.Module | None = None) -> None:
-    """Write the model of a checkpoint, and check that the file reads back as the same, to the last bit.
+    """Write the model of a checkpoint, and check that the file reads back as what was written, to the last bit.
 
     Args:
         earlier: takes the place of the checkpoint's earlier network.
@@ -29,7 +29,7 @@ def write_safetensors(checkpoint: Path, path: Path, earlier: nn.Module | None = 
         OSError: if the file cannot be written, or reads back as something else.
     """
     save_safetensors(path, **_content(checkpoint, earlier))
-    print("the file reads back as the checkpoint, to the last bit")
+    print("the file reads back as what was written, to the last bit")
 
 
 def write_half(checkpoint: Path, path: Path, earlier: nn.Module | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from evaluation.meanings import MEANINGS, format_figure
 from utils.files import write_json, write_text
 from utils.images import image_grid, save_image
-from utils.plots import plotting
+from utils.plots import result_plot
 from utils.tables import markdown_table
 
 SCORES = ("efficientnet_kid", "wasserstein", "clean", "black_corner", "copies", "copies_ratio")  # columns of the table
@@ -61,7 +61,7 @@ def _cell(figure: dict[str, float] | None, name: str) -> str:
 
 def plot(results: dict[str, dict[str, Any]], titles: Mapping[str, str], path: Path) -> None:
     """Plot KID against minutes on logarithmic axes, with its intervals; the dotted line is that of real images."""
-    with plotting(path, 8, 4.2) as figure:
+    with result_plot(path, 8, 4.2) as figure:
         axis = figure.subplots()
         floor = None
         for number, (name, by_minutes) in enumerate(results.items()):
