@@ -70,8 +70,8 @@ class Settings:
                                   kind=str)
     steps: int | None = setting(None, "network passes for a sample (default: as for those grids; 50 for another "
                                 "sampler)", kind=int, least=1)
-    guidance: float = setting(1.0, "scale of the guidance (1 = off); higher values make samples less varied than the "
-                              "data")
+    guidance: float | None = setting(None, "scale of the guidance (1 = off); higher values make samples less varied "
+                                           f"than the data (default: 1; {DEFAULT_GUIDANCE:g} with --guide)", kind=float)
     guide: str | None = setting(None, "what guidance goes away from, earlier, types, or the file of a checkpoint, as "
                                       "in generate.py (default: earlier where all checkpoints hold an earlier network, "
                                       "else types)", kind=str)
@@ -115,6 +115,8 @@ def main() -> None:
         check(settings)
         device = pick_device(settings.device)
         settings.precision = pick_precision(settings.precision, device)
+        if settings.guidance is None:
+            settings.guidance = DEFAULT_GUIDANCE if settings.guide else 1.0
         use_fast_kernels()
 
         # Fail before minutes of work.

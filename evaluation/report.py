@@ -155,6 +155,8 @@ def _differences_from_data(figures: dict[str, dict]) -> list[str]:
 def epoch_to_keep(measurements: Sequence[Measurement]) -> str:
     """Say which of several checkpoints is the best: the nearest to the data of those that do not copy.
 
+    By KID in the outside features where it was measured, which sees bodies; else by patch distance, which sees
+    textures.
     Empty for fewer than two checkpoints with both figures.
     """
     known = [m for m in measurements if "wasserstein" in m.figures and "copies" in m.figures]
@@ -164,11 +166,13 @@ def epoch_to_keep(measurements: Sequence[Measurement]) -> str:
     if not candidates:
         return ("Every checkpoint copies more than is expected by chance: train for fewer epochs, augment more, or use "
                 "more images.")
-    best = min(candidates, key=lambda m: m.figures["wasserstein"]["value"])
-    limit = best.figures["wasserstein"]["high"]
-    earliest = min((m for m in candidates if m.figures["wasserstein"]["value"] <= limit), key=lambda m: m.epoch)
-    text = (f"Keep epoch {best.epoch}: its samples are the nearest to the data (patch distance) of the checkpoints "
-            f"that do not copy more than is expected by chance.")
+    has_outside = all("efficientnet_kid" in m.figures for m in candidates)
+    distance = "efficientnet_kid" if has_outside else "wasserstein"
+    best = min(candidates, key=lambda m: m.figures[distance]["value"])
+    limit = best.figures[distance]["high"]
+    earliest = min((m for m in candidates if m.figures[distance]["value"] <= limit), key=lambda m: m.epoch)
+    text = (f"Keep epoch {best.epoch}: its samples are the nearest to the data ({MEANINGS[distance].heading}) of the "
+            f"checkpoints that do not copy more than is expected by chance.")
     if earliest is not best:
         text += f" Epoch {earliest.epoch} is as near, within the error."
     if len(candidates) < len(known):

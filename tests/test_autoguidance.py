@@ -238,7 +238,7 @@ EVALUATION = ("--num_samples", 4, "--num_guided", 4, "--num_likelihood", 0, "--d
 
 @pytest.mark.parametrize("more, expected", [
     (["--guidance", 3], [(3, "earlier")]), (["--guidance", 3, "--guide", "types"], [(3, "types")]),
-    ([], [(1, None), (3, "earlier")]), (["--guide", "types"], [(1, None), (3, "types")]),
+    ([], [(1, None), (3, "earlier")]), (["--guide", "types"], [(3, "types")]),
 ])
 def test_evaluation_draws_with_the_guide_that_it_reports(guided, monkeypatch, more, expected):
     drawn, sample = [], Pipeline.sample
@@ -266,7 +266,7 @@ def test_a_card_says_that_its_figures_are_of_guidance_that_it_lacks(guided):
 
 
 def test_evaluation_away_from_another_checkpoint(guided):
-    flags = ("--checkpoint", guided / "checkpoints/final_model.pt", *EVALUATION, "--guidance", 3)
+    flags = ("--checkpoint", guided / "checkpoints/final_model.pt", *EVALUATION)
     assert call(evaluate, *flags, "--guide", guided / "checkpoints/epoch_0001.pt") == 0
     report = json.loads(Path("outputs/evaluation/report.json").read_text())
     name = "checkpoints/epoch_0001.pt"

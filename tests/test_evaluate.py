@@ -203,7 +203,7 @@ def test_errors_are_one_line():
         (["--checkpoint", checkpoint("b.pt"), checkpoint("c.pt", data="some")], "trained on different data"),
         (["--checkpoint", "b.pt", "--device", "tpu9"], "no device"),
         (["--checkpoint", "b.pt", "c.pt", "--samples", "some"], "one --checkpoint or none"),
-        (["--samples", "some", "--data", "some", "--guidance", 3], "--guidance has no effect here, since --samples are drawn"),
+        (["--samples", "some", "--data", "some", "--guidance", 3], "--guidance has no effect here, since --samples"),
         (["--samples", "some", "--data", "some", "--labels", "none"], "--labels has no effect here"),
         (["--checkpoint", "b.pt", "--image_size", 32], "--image_size has no effect here, since a checkpoint"),
         (["--checkpoint", "b.pt", "--num_samples", 0], "--num_samples must be at least 1"),

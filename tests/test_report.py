@@ -72,6 +72,15 @@ def test_the_epoch_to_keep_is_the_best_of_those_that_do_not_copy():
     assert epoch_to_keep(runs[:1]) == ""
 
 
+def test_the_epoch_to_keep_is_by_outside_features_where_all_have_them():
+    runs = [measurement(10, (0.01, 0.005, 0.02), 0.1), measurement(20, (0.01, 0.005, 0.02), 0.2)]
+    runs[1].figures["efficientnet_kid"] = figure(0.05, 0.04, 0.06)
+    assert epoch_to_keep(runs).startswith("Keep epoch 10") and "(patch distance)" in epoch_to_keep(runs)
+    runs[0].figures["efficientnet_kid"] = figure(0.2, 0.18, 0.22)
+    text = epoch_to_keep(runs)
+    assert text.startswith("Keep epoch 20") and "(KID × 1000, EfficientNet)" in text and "as near" not in text
+
+
 def test_the_table_names_the_data_set_and_has_a_row_for_each_figure():
     lines = table(measurement(1, (0.012, 0.007, 0.02), 0.1)).splitlines()
     assert lines[0] == "model trained on: critters"
