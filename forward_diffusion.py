@@ -173,7 +173,7 @@ class NoiseScheduler:
         snr = (signal / sigma) ** 2
         if prediction == "eps":
             return (gamma / snr).clamp(max=1)  # min(SNR, gamma) / SNR, whose limit for SNR = 0 is 1
-        return snr.clamp(max=gamma) / (snr + 1 if prediction == "v" else 1)
+        return snr.clamp(max=gamma) / {"v": snr + 1, "x0": 1}[prediction]
 
     def to_x_0(self, prediction: str, output: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Return the clean images that the network's `output` at x_t implies, not clipped, in the shape of x_t.

@@ -28,7 +28,7 @@ import torch
 
 from forward_diffusion import LOSS_WEIGHTINGS, PREDICTIONS, SCHEDULES, NoiseScheduler
 from models.autoencoder import Autoencoder
-from models.pipeline import Pipeline
+from models.pipeline import NETWORKS, Pipeline
 from models.space import LatentSpace, PixelSpace, checked_space, load_space
 from reverse_diffusion import SAMPLERS
 from training.augment import AUGMENT_DIM, augment, fixed_augmentations
@@ -96,8 +96,8 @@ class Config(TrainingConfig):
                                              "uniform loss weighting")
     loss_weighting: str = setting("uniform", "weights of the squared errors of the timesteps", LOSS_WEIGHTINGS)
     lognormal: tuple[float, ...] = setting((), "mean and deviation of the logarithm of noise over signal, to draw "
-                                               "log-normal noise levels (default: uniform timesteps)",
-                                           kind=float, count=2, metavar=("MEAN", "STD"))
+                                               "log-normal noise levels; without numbers: uniform timesteps "
+                                               "(default: the same)", kind=float, count="*", metavar=("MEAN", "STD"))
 
     sampler: str = setting("ddim", "sampler of the sample grids; if it and --sample_steps differ from ddim in 50 "
                                    "steps, generate.py uses them by default", tuple(SAMPLERS))
@@ -230,7 +230,8 @@ def train(config: Config, checkpoint: dict[str, Any] | None, dist: DistEnv,
         square_grid(pipeline.sample(range(config.num_samples), labels=labels, guidance=guidance,
                                     sampler=sampler, steps=steps)).save(path)
 
-    content = dict(network=dict(kind="unet", config=asdict(net.config)), scheduler=scheduler.config(),
+    kind = next(kind for kind, (_, network_class) in NETWORKS.items() if type(net) is network_class)
+    content = dict(network=dict(kind=kind, config=asdict(net.config)), scheduler=scheduler.config(),
                    autoencoder=space.state())
     return loop(config, run_images, step, draw_grid, content, checkpoint)
 
@@ -327,17 +328,17 @@ def check_settings(config: Config, scheduler: NoiseScheduler, space: PixelSpace 
     """Raise ValueError for settings that contradict each other; warn of a schedule that does not end at noise."""
     if config.zero_terminal_snr and config.prediction == "eps":
         raise ValueError("--zero_terminal_snr needs --prediction v or x0: from pure noise, eps says nothing about x_0")
-    if config.zero_terminal_snr and config.loss_weighting == "min_snr":
-        raise ValueError("--zero_terminal_snr needs --loss_weighting uniform: min_snr gives weight 0 to the last "
-                         "timestep, from which sampling starts")
-    if config.lognormal and not config.lognormal[1] > 0:
-        raise ValueError(f"--lognormal needs a deviation above 0, not {config.lognormal[1]:g}")
+    if config.zero_terminal_snr and (config.loss_weighting == "min_snr" or config.lognormal):
+        raise ValueError("--zero_terminal_snr needs --loss_weighting uniform and no --lognormal: else the last "
+                         "timestep, from which sampling starts, is not trained")
+    if config.lognormal and not (len(config.lognormal) == 2 and config.lognormal[1] > 0):
+        raise ValueError("--lognormal needs a mean and a deviation above 0, or nothing, for uniform timesteps")
     if config.fixed_augmentations and not (space.is_latent and config.augment == "full"):
         raise ValueError("--fixed_augmentations is for latents, which it encodes in advance, and for --augment full: "
                          "leave it out")
     if scheduler.alpha_bar(config.timesteps - 1) > 1e-3:
-        print(f"warning: {config.timesteps} timesteps of the linear schedule leave some of the image, but sampling "
-              f"starts from pure noise; use --schedule cosine, which ends at noise for any number")
+        print(f"warning: {config.timesteps} timesteps of the {config.schedule} schedule leave some of the image, but "
+              f"sampling starts from pure noise; use --schedule cosine, which ends at noise for any number")
 
 
 def choose_size(config: Config, space: PixelSpace | LatentSpace) -> UNetConfig:

@@ -84,6 +84,11 @@ class UNetConfig:
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
     @property
+    def least_tensors(self) -> int:
+        """A number of tensors that such a network has at least: a damaged file may ask for a network without end."""
+        return self.blocks * len(self.multipliers)
+
+    @property
     def size_multiple(self) -> int:
         """An image's side must be a multiple of this: each level but the last halves it."""
         return 2 ** (len(self.multipliers) - 1)
@@ -268,7 +273,7 @@ class Attention(nn.Module):
 
 
 def timestep_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
-    """Sinusoidal embedding of t at frequencies 1 to 1/10000: [B] -> float32 [B, width] (Vaswani et al. 2017, 3.5)."""
+    """Sinusoidal embedding of t at 10000^(-2 i / width): [B] -> float32 [B, width] (Vaswani et al. 2017, 3.5)."""
     half = width // 2
     frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
     angles = t[:, None].float() * frequencies[None]

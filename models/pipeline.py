@@ -24,7 +24,7 @@ from utils.checkpoint import CheckpointError, build_module, check_finite, load_c
 from utils.cuda_graph import CUDAGraphed
 from utils.device import memory_format, pick_precision
 
-NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and its class
+NETWORKS = {"unet": (UNetConfig, UNet)}  # kind of network -> its configuration and class, see contributing.md
 DEFAULT_GUIDANCE = 3.0  # where there is something to guide away from
 BY_EARLIER, BY_TYPES = "earlier", "types"  # guidance away from the network after less training, or from any type
 GUIDES = (BY_EARLIER, BY_TYPES)
@@ -360,7 +360,7 @@ def _build_network(network: dict[str, Any], weights: dict[str, torch.Tensor]) ->
         raise ValueError(f"unknown kind of network {network['kind']!r}")
     config_class, network_class = NETWORKS[network["kind"]]
     config = config_class(**network["config"])
-    if config.blocks * len(config.multipliers) > len(weights):
+    if config.least_tensors > len(weights):
         raise ValueError("a network that would take for ever to build")
     return build_module(lambda: network_class(config), weights, "network")
 

@@ -140,7 +140,13 @@ def test_lognormal_noise_levels_train_and_need_a_deviation(capsys):
     settings = load_checkpoint("checkpoints/latest.pt")["config"]
     assert settings["lognormal"] == (-0.5, 1.2)
     capsys.readouterr()
-    assert_one_line(call(train, *TINY, "--lognormal", 0, 0, "--run_name", "none"), capsys, "deviation above 0")
+    for wrong in ((0, 0), (1,), (0, 1, 2)):
+        assert_one_line(call(train, *TINY, "--lognormal", *wrong, "--run_name", "none"), capsys, "deviation above 0")
+
+
+def test_lognormal_alone_undoes_that_of_a_preset():
+    assert call(train, "--preset", "quick", *TINY, "--max_steps", 1, "--lognormal") == 0
+    assert load_checkpoint("checkpoints/latest.pt")["config"]["lognormal"] == ()
 
 
 def test_learning_rate():
@@ -241,10 +247,11 @@ def test_the_reference_network_refuses_sizes_that_it_cannot_halve(capsys):
 
 
 def test_an_snr_of_zero_needs_uniform_weights(capsys):
-    """min_snr gives the last timestep, from which sampling starts, the weight 0: it would never be learned."""
+    """min_snr gives the last timestep, from which sampling starts, the weight 0, and --lognormal never draws it."""
     flags = [*TINY, "--zero_terminal_snr", "--prediction", "v", "--max_steps", 1]
     assert_one_line(call(train, *flags, "--loss_weighting", "min_snr"), capsys, "--zero_terminal_snr",
                     "--loss_weighting uniform")
+    assert_one_line(call(train, *flags, "--lognormal", -0.5, 1), capsys, "--zero_terminal_snr", "no --lognormal")
     assert not Path("checkpoints").exists()
     assert call(train, *flags) == 0
 

@@ -131,8 +131,9 @@ def draw_lognormal_timesteps(batch_size: int, scheduler: NoiseScheduler, mean: f
 
     Args:
         mean, std: of log(noise / signal), see `NoiseScheduler.log_noise_levels`. For pixels in [-1, 1] that is the
-            logarithm of their sigma, whose mean is -1.2; latents here have twice the deviation of theirs, so that the
-            mean of -0.4 in EDM2 (Karras et al. 2024) is 0.3.
+            logarithm of their sigma, whose mean is -1.2. In EDM2 (Karras et al. 2024) latents have the deviation 0.5
+            and the mean is -0.4; here latents have that deviation beside mean colours, which have 1, as have all
+            channels of an autoencoder without them: there it would be 0.3.
     """
     normal = torch.special.ndtri(_stratified(batch_size, generator))
     levels = scheduler.log_noise_levels(normal.device)

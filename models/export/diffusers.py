@@ -91,6 +91,9 @@ def check_expressible(pipeline: Pipeline, max_types: int) -> None:
     if pipeline.tuned:
         raise UserError(f"diffusers' DDPMPipeline takes many small steps, and this model was tuned to few: export the "
                         f"one it was tuned from ({pipeline.settings.get('init')}); {others}")
+    if pipeline.scheduler.schedule not in BETA_SCHEDULES or pipeline.prediction not in PREDICTION_TYPES:
+        raise UserError(f"diffusers has no {pipeline.scheduler.schedule} schedule, or no prediction "
+                        f"{pipeline.prediction}; {others}")
     if type(pipeline.net) is not UNet:
         raise UserError(f"diffusers cannot hold a network of this kind, {type(pipeline.net).__name__}; {others}")
     if config.multipliers[0] != 1:
