@@ -3,7 +3,7 @@
     images = sample(model, scheduler, torch.randn(16, 3, 64, 64), sampler="ddim", steps=50)
 
 Seeds, devices and latents are the business of models/pipeline.py; DIFFUSION_THEORY.md derives every sampler. A new
-sampler is a step function and a line in `SAMPLERS`.
+sampler with one network pass a step is a step function and a line in `SAMPLERS`.
 """
 
 from __future__ import annotations
