@@ -18,7 +18,7 @@ import generate
 from models.export.onnx import halve_weights
 from models.pipeline import Pipeline
 from reverse_diffusion import sample
-from utils.checkpoint import CheckpointError, load_checkpoint, save_safetensors
+from utils.checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_safetensors
 from utils.files import MANIFEST
 from utils.images import to_uint8
 
@@ -134,8 +134,17 @@ def test_a_folder_also_holds_the_network_to_guide_away_from(folder, onnx_file, t
     assert abs(session(tmp_path / "both/earlier.onnx").run(None, feeds)[0] - ours).max() < 1e-4
     described = json.loads((tmp_path / "both/model.json").read_text())
     assert described["guide"] == "earlier" and "earlier.onnx" in described["sha256"]
-    call_in(tmp_path, export, *flags, "one.onnx")
+
+
+def test_one_onnx_file_leaves_the_network_to_guide_away_from_out_and_says_so(folder, onnx_file, tmp_path, capsys):
+    content = load_checkpoint(folder / "typed.pt")
+    save_checkpoint(tmp_path / "both.pt", **content, earlier=content["ema"])
+    call_in(tmp_path, export, "--checkpoint", "both.pt", "--to", "onnx", "--output", "one.onnx")
     assert "one .onnx file leaves out the earlier network" in capsys.readouterr().out
+    import onnx
+
+    (described,) = [json.loads(entry.value) for entry in onnx.load(tmp_path / "one.onnx").metadata_props]
+    assert described["guide"] == "types"
 
 
 def test_a_runtime_that_disagrees_is_noticed(folder, onnx_file, monkeypatch):
